@@ -1,0 +1,51 @@
+# Everything a contributor runs. `make help` lists the targets.
+#
+# VENV=       use the interpreter PYTHON as it is (a GPU image with its own torch): only kvevict itself is installed.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= auto
+
+ifeq ($(VENV),)
+PY := $(PYTHON)
+READY := .installed
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.installed
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(READY)  ## create .venv and install everything, at the pinned versions
+
+.venv/.installed $(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch triton
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.installed: pyproject.toml
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: $(READY)  ## evict from a real model's cache and ask it for a hidden fact (DEMO="--keep 0.3 ...")
+	$(PY) -m kvevict demo $(DEMO)
+
+test: $(READY)  ## every check; on a machine without a GPU the kernels run in Triton's interpreter
+	$(PY) -m pytest -n $(WORKERS) $(TEST)
+
+lint: $(READY)  ## ruff (lint, format) and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(READY)  ## rooflines into bench/results/<device>/ (BENCH="--quick --out DIR")
+	$(PY) -m bench $(BENCH)
+
+clean:  ## remove the environment and caches, keep fetched models and results
+	rm -rf .venv .installed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

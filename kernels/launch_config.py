@@ -1,0 +1,99 @@
+"""Launch configurations: frozen dataclasses from pure functions of shape and device.
+
+Every number carries its reason. Nothing here depends on the sequence length in a way that reaches a
+`tl.constexpr`: tile sizes follow head_dim and element size alone, so a new length never compiles.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+# An H100 has 132. CPU tensors (Triton's interpreter, the compile-only tests) launch what an H100 would.
+_CPU_STANDS_FOR = 132
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors (CUDA), compute units (ROCm) or subslices (XPU) of `device`."""
+    if device.type == "cpu":
+        return _CPU_STANDS_FOR
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+
+
+def cdiv(a: int, b: int) -> int:
+    """Division rounded up. (triton.cdiv does the same but traces through a constexpr wrapper.)"""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Tiles of `block_tokens`; each row is split into `splits` runs of `chunk` tokens, one program each."""
+
+    block_dim: int
+    block_tokens: int
+    splits: int
+    chunk: int
+    num_warps: int = 4
+
+
+def score_config(rows: int, tokens: int, head_dim: int, multiprocessors: int) -> ScoreConfig:
+    block_dim = next_power_of_2(head_dim)
+    # 4,096 float32 elements over 128 threads: 32 accumulator registers each, 8 KiB of bf16 in flight per program.
+    block_tokens = max(4096 // block_dim, 4)
+    # Four programs on every multiprocessor hide the latency of their loads. A split shorter than 512 tokens would
+    # re-read more partial anchors (splits² · 4D bytes a row) than it gains in parallelism, and more than 128 splits
+    # would do so at any length.
+    wanted = cdiv(4 * multiprocessors, rows)
+    splits = max(1, min(wanted, tokens // 512, 128))
+    chunk = cdiv(cdiv(tokens, splits), block_tokens) * block_tokens
+    return ScoreConfig(block_dim, block_tokens, cdiv(tokens, chunk), chunk)
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """`splits == 1`: one program per row does everything. Otherwise one program per run of `chunk` tokens."""
+
+    splits: int
+    chunk: int
+    block: int = 4096  # enough scores per merge of the warps' histograms in shared memory
+    num_warps: int = 16  # 8 scores a thread; with 8 warps the row kernel needs more than 128 registers and spills
+
+
+MAX_SELECT_SPLITS = 32  # 32 × 256 digit counts are what one program of 16 warps holds in 16 registers a thread
+
+
+def select_config(rows: int, tokens: int, multiprocessors: int) -> SelectConfig:
+    block = SelectConfig.block
+    # One launch beats five while a row is short; with a row for every multiprocessor a split gains nothing.
+    if tokens <= 2 * block or rows >= multiprocessors:
+        return SelectConfig(1, tokens)
+    wanted = min(cdiv(2 * multiprocessors, rows), MAX_SELECT_SPLITS)
+    chunk = cdiv(cdiv(tokens, wanted), block) * block
+    return SelectConfig(cdiv(tokens, chunk), chunk)
+
+
+@dataclass(frozen=True)
+class MoveConfig:
+    """`block_rows` rows of K and of V per program, all of them in registers between load and store."""
+
+    block_rows: int
+    block_dim: int
+    block_value_dim: int
+    num_warps: int = 4
+
+
+def move_config(head_dim: int, value_dim: int, element_size: int) -> MoveConfig:
+    block_dim, block_value_dim = next_power_of_2(head_dim), next_power_of_2(value_dim)
+    # 32 KiB over 128 threads: 64 registers of data each, 16 loads of 16 bytes in flight per thread.
+    rows = (32 * 1024) // ((block_dim + block_value_dim) * element_size)
+    # At least 8, whatever head_dim; at most 128, an index a thread. tl.arange wants a power of two.
+    block_rows = next_power_of_2(max(8, min(rows, 128)) // 2 + 1)
+    return MoveConfig(block_rows, block_dim, block_value_dim)

@@ -1,0 +1,62 @@
+"""Device helpers with two callers or more: an ordering of floats, a search, the address and the value of a key."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def descending_key(score):
+    """float32 -> int32 whose ascending order is the order of selection: the best score has the smallest key.
+
+    -0.0 and +0.0 get one key, so they tie; every NaN gets the largest key, behind -inf. Signed arithmetic
+    throughout: the interpreter cannot complement a uint32.
+    """
+    score = tl.where(score == 0.0, 0.0, score)
+    bits = score.to(tl.int32, bitcast=True)
+    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(score != score, 0x7FFFFFFF, -1 - ascending)
+
+
+@triton.jit
+def count_below(indices_ptr, n, value):
+    """How many of n ascending indices (-1 padding at the end) are below `value`, by 32-way search.
+
+    A step reads 32 probes with one load of one warp and leaves 1/32 of the range: 4 steps for a million indices,
+    256 bytes each, where a binary search would wait for 20 loads in a row.
+    """
+    FAN: tl.constexpr = 32
+    first = n * 0  # tensors, not Python ints: both are carried through the loop
+    remaining = n
+    while remaining > 0:
+        step = (remaining + FAN - 1) // FAN
+        offsets = tl.arange(0, FAN) * step
+        inside = offsets < remaining
+        probes = tl.load(indices_ptr + first + offsets, mask=inside, other=-1)
+        below = tl.sum(((probes >= 0) & (probes < value)).to(tl.int32), 0)
+        # The last probe below `value` and the first one not below it enclose the answer.
+        first_after = first + (below - 1) * step + 1
+        remaining_after = tl.minimum(step - 1, first + remaining - first_after)
+        first = tl.where(below > 0, first_after, first)
+        remaining = tl.where(below > 0, remaining_after, 0)
+    return first
+
+
+@triton.jit
+def row_pointers(head_ptr, tokens, stride_s, columns):
+    """Addresses [tokens, columns] of the rows of one (batch, head). The one place that knows where a token lies."""
+    return head_ptr + tokens.to(tl.int64)[:, None] * stride_s + columns[None, :]
+
+
+@triton.jit
+def to_float32(x, DECODE_E4M3: tl.constexpr):
+    """Keys to float32. DECODE_E4M3: x holds the bytes of float8_e4m3fn, on a device without that type.
+
+    The byte's exponent and mantissa, moved into a float16, are the value over 256 (the biases differ by 8), and
+    float16 holds e4m3's subnormals exactly. 0x7f is its only NaN.
+    """
+    if DECODE_E4M3:
+        byte = x.to(tl.int16)
+        magnitude = byte & 0x7F
+        half = (((byte & 0x80) << 8) | (magnitude << 7)).to(tl.float16, bitcast=True)
+        return tl.where(magnitude == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+    return x.to(tl.float32)

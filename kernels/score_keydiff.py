@@ -1,0 +1,135 @@
+"""KeyDiff scores: -cos(key, anchor), where the anchor is the mean of a head's keys (arXiv 2504.15364, eq. 4).
+
+    partial_anchor_kernel   [rows, splits, D] float32: each program sums one run of a row's (unit) keys
+    keydiff_scores_kernel   [B, H, S] float32: each program adds up the partial sums of its row, divides by the
+                            number of tokens, and scores its own run of keys
+
+Shapes: keys [B, H, S, D], any strides with a contiguous last dimension; a row is one (batch, head).
+Bytes per row, e per element: K is read twice, 2·S·D·e, or once when the caller gives the anchor. The second pass
+walks the rows and their tokens from the end, where the first one stopped, so that it finds the end of K in L2.
+Beside K: 4·S of scores, and the partial sums, splits·4D written and splits²·4D read from L2.
+Launch: rows × splits programs each; splits do not depend on values, so the order of every sum is fixed.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch_config import multiprocessors, score_config
+from .primitives import row_pointers, to_float32
+
+_LENGTH_DEPENDENT = ["S", "H", "splits", "chunk"]
+
+
+@triton.jit
+def _row_length(lengths_ptr, b, S):
+    if lengths_ptr is None:
+        length = S
+    else:
+        length = tl.load(lengths_ptr + b).to(tl.int32)
+    return length
+
+
+@triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
+def partial_anchor_kernel(
+    keys_ptr, lengths_ptr, partial_ptr, S, H, stride_b, stride_h, stride_s, splits, chunk,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, UNIT: tl.constexpr, DECODE_E4M3: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // splits).to(tl.int64)
+    split = tl.program_id(0) % splits
+    b, h = row // H, row % H
+    head_ptr = keys_ptr + b * stride_b + h * stride_h
+    begin = split * chunk
+    end = tl.minimum(begin + chunk, _row_length(lengths_ptr, b, S))
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < D
+
+    total = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_S):
+        tokens = start + tl.arange(0, BLOCK_S)
+        mask = (tokens < end)[:, None] & inside[None, :]
+        key = tl.load(row_pointers(head_ptr, tokens, stride_s, columns), mask=mask, other=0.0)
+        key = to_float32(key, DECODE_E4M3)
+        if UNIT:
+            norm = tl.sqrt_rn(tl.sum(key * key, 1))
+            key = key * (1.0 / tl.maximum(norm, 1e-12))[:, None]
+        total += key
+    tl.store(partial_ptr + (row * splits + split) * D + columns, tl.sum(total, 0), mask=inside)
+
+
+@triton.jit(do_not_specialize=_LENGTH_DEPENDENT + ["anchor_splits"])
+def keydiff_scores_kernel(
+    keys_ptr, lengths_ptr, anchor_ptr, scores_ptr, S, H, stride_b, stride_h, stride_s, splits, chunk, anchor_splits,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, MEAN: tl.constexpr, DECODE_E4M3: tl.constexpr,
+):  # fmt: skip
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = (program // splits).to(tl.int64)
+    split = program % splits
+    b, h = row // H, row % H
+    head_ptr = keys_ptr + b * stride_b + h * stride_h
+    length = _row_length(lengths_ptr, b, S)
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < D
+
+    GROUP: tl.constexpr = 8  # partial sums loaded together: 8 loads in flight, few registers at any head_dim
+    sums = tl.zeros([GROUP, BLOCK_D], tl.float32)
+    for start in range(0, anchor_splits, GROUP):
+        parts = start + tl.arange(0, GROUP)
+        mask = (parts < anchor_splits)[:, None] & inside[None, :]
+        sums += tl.load(row_pointers(anchor_ptr + row * anchor_splits * D, parts, D, columns), mask=mask, other=0.0)
+    anchor = tl.sum(sums, 0)
+    if MEAN:
+        anchor = anchor / length.to(tl.float32)
+    anchor_norm = tl.maximum(tl.sqrt_rn(tl.sum(anchor * anchor, 0)), 1e-8)
+
+    begin = split * chunk
+    end = tl.minimum(begin + chunk, S)
+    for start in range(begin, end, BLOCK_S):
+        tokens = start + tl.arange(0, BLOCK_S)
+        mask = (tokens < tl.minimum(end, length))[:, None] & inside[None, :]
+        key = tl.load(row_pointers(head_ptr, tokens, stride_s, columns), mask=mask, other=0.0)
+        key = to_float32(key, DECODE_E4M3)
+        norm = tl.maximum(tl.sqrt_rn(tl.sum(key * key, 1)), 1e-8)
+        score = -tl.sum(key * anchor[None, :], 1) / (norm * anchor_norm)
+        score = tl.where(tokens < length, score, float("-inf"))
+        tl.store(scores_ptr + row * S + tokens, score, mask=tokens < end)
+
+
+def _decodes_e4m3(keys: torch.Tensor) -> bool:
+    """float8_e4m3fn is a type of NVIDIA's from compute capability 8.9 on; before that its bytes are decoded."""
+    if keys.dtype != torch.float8_e4m3fn:
+        return False
+    if isinstance(partial_anchor_kernel, triton.runtime.jit.JITFunction):
+        target = triton.runtime.driver.active.get_current_target()
+        return target.backend == "cuda" and target.arch < 89
+    return False  # interpreted: the interpreter has every type
+
+
+def keydiff_scores(
+    keys: torch.Tensor, anchor: torch.Tensor | None, unit: bool, lengths: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """Fill out [B, H, S] float32 with -cos(key, anchor); -inf at and beyond a row's length.
+
+    anchor [B, H, D], or None for the mean of the keys (`unit`: of the keys over their norms).
+    """
+    B, H, S, D = keys.shape
+    config = score_config(B * H, S, D, multiprocessors(keys.device))
+    grid = (B * H * config.splits,)
+    decode = _decodes_e4m3(keys)
+    strides = keys.stride()[:3]
+    if decode:
+        keys = keys.view(torch.uint8)
+    tile = dict(D=D, BLOCK_D=config.block_dim, BLOCK_S=config.block_tokens, DECODE_E4M3=decode)
+
+    if anchor is None:
+        partial = torch.empty((B * H, config.splits, D), dtype=torch.float32, device=keys.device)
+        partial_anchor_kernel[grid](
+            keys, lengths, partial, S, H, *strides, config.splits, config.chunk,
+            UNIT=unit, num_warps=config.num_warps, **tile,
+        )  # fmt: skip
+    else:
+        partial = anchor.to(torch.float32).reshape(B * H, 1, D).contiguous()
+    keydiff_scores_kernel[grid](
+        keys, lengths, partial, out, S, H, *strides, config.splits, config.chunk, partial.shape[1],
+        MEAN=anchor is None, num_warps=config.num_warps, **tile,
+    )  # fmt: skip

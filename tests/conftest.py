@@ -1,0 +1,40 @@
+"""Every test runs on a GPU where there is one, and in Triton's interpreter where there is none."""
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    torch.set_num_threads(1)  # pytest-xdist runs a worker per core
+
+import pytest
+
+DEVICE = "cuda" if HAS_GPU else "cpu"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def poison_empty(monkeypatch):
+    """torch.empty gives NaN (-77 for integers), so that an element nobody wrote shows."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poisoned(x):
+        if x.device.type == "meta" or type(x) is not torch.Tensor:
+            return x
+        if x.element_size() == 1:
+            x.view(torch.uint8).fill_(0x7F)
+        elif x.is_floating_point():
+            x.fill_(float("nan"))
+        elif x.dtype in (torch.int32, torch.int64):
+            x.fill_(-77)
+        return x
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poisoned(new_empty(*a, **k)))
