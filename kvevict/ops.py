@@ -261,7 +261,8 @@ def _move_rows_op(keys, values, slots, ordered, trusted):
 
 
 @_custom_op(
-    "copy_rows(Tensor keys, Tensor values, Tensor slots, bool trusted, Tensor(a!) out_keys, Tensor(b!) out_values) -> ()"
+    "copy_rows(Tensor keys, Tensor values, Tensor slots, bool trusted, Tensor(a!) out_keys, Tensor(b!) out_values) "
+    "-> ()"
 )
 def _copy_rows_op(keys, values, slots, trusted, out_keys, out_values):
     if not trusted:
