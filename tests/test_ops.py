@@ -1,0 +1,264 @@
+"""The public ops: end to end, bad input, torch.compile, custom-op checks, backends, the traps of the field."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import assert_same, both, cache, copy_of, name
+from conftest import DEVICE, HAS_GPU
+
+import kvevict
+from kvevict import validate
+from kvevict.ops import keydiff_compact
+
+
+@pytest.mark.parametrize("preserve_order", [True, False])
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("heads", ["each", "shared"])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=name)
+def test_keydiff_compact_is_its_three_stages(dtype, ragged, heads, inplace, preserve_order):
+    keys, values = cache((2, 3, 130, 64, 32), dtype, "BSHD")
+    lengths = torch.tensor([130, 61], device=DEVICE) if ragged else None
+    options = dict(inplace=inplace, preserve_order=preserve_order)
+    for backend in ("reference", "triton"):
+        with kvevict.backend(backend):
+            scores = kvevict.keydiff_scores(keys, lengths=lengths)
+            indices = kvevict.topk_indices(scores, 0.4, sink=4, recent=8, heads=heads, lengths=lengths)
+            expected = kvevict.compact(copy_of(keys), copy_of(values), indices, **options)
+            if ragged:
+                expected = expected._replace(lengths=torch.tensor([52, 24], device=DEVICE))
+            got = keydiff_compact(copy_of(keys), copy_of(values), keep=0.4, sink=4, recent=8, heads=heads,
+                                  lengths=lengths, **options)  # fmt: skip
+            assert_same(got, expected)
+
+
+def test_untouched_requests_stay():
+    keys, values = cache((3, 2, 50, 16, 16))
+    lengths = torch.tensor([50, 5, 50], device=DEVICE)
+    before = keys.clone()
+    for result in both(lambda: keydiff_compact(keys.clone(), values.clone(), keep=20, lengths=lengths)):
+        assert torch.equal(result.keys[1, :, :20], before[1, :, :20])  # shorter than keep: nothing moves
+        assert result.lengths.tolist() == [20, 5, 20]
+
+
+GOOD = dict(keep=0.5)
+NOT_CONTIGUOUS = torch.randn(1, 2, 10, 16).transpose(2, 3)
+BAD = {
+    "keys rank": dict(keys=torch.randn(2, 10, 16)),
+    "keys empty": dict(keys=torch.randn(1, 2, 0, 16), values=torch.randn(1, 2, 0, 16)),
+    "keys int": dict(keys=torch.ones(1, 2, 10, 16, dtype=torch.int64)),
+    "keys list": dict(keys=[1.0]),
+    "keys grad": dict(keys=torch.randn(1, 2, 10, 16, requires_grad=True)),
+    "keys strides": dict(keys=NOT_CONTIGUOUS.expand(1, 2, 16, 10), values=torch.randn(1, 2, 16, 10)),
+    "keys expanded": dict(keys=torch.randn(1, 1, 10, 16).expand(1, 2, 10, 16)),
+    "values shape": dict(values=torch.randn(1, 2, 9, 16)),
+    "values dtype": dict(values=torch.randn(1, 2, 10, 16).half()),
+    "values device": dict(values=torch.empty(1, 2, 10, 16, device="meta")),
+    "keep 0": dict(keep=0),
+    "keep 0.0": dict(keep=0.0),
+    "keep -1": dict(keep=-1),
+    "keep nan": dict(keep=float("nan")),
+    "keep 1.5": dict(keep=1.5),
+    "keep 11": dict(keep=11),
+    "keep True": dict(keep=True),
+    "keep text": dict(keep="half"),
+    "sink 6": dict(sink=3, recent=3),
+    "sink -1": dict(sink=-1),
+    "recent float": dict(recent=1.0),
+    "heads all": dict(heads="all"),
+    "anchor mean": dict(anchor="mean"),
+    "anchor shape": dict(anchor=torch.randn(1, 2, 8)),
+    "lengths 0": dict(lengths=torch.tensor([0])),
+    "lengths 11": dict(lengths=torch.tensor([11])),
+    "lengths shape": dict(lengths=torch.tensor([5, 5])),
+    "lengths dtype": dict(lengths=torch.tensor([5.0])),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_bad_input_is_named_and_nothing_is_written(case, backend):
+    if HAS_GPU and case in ("lengths 0", "lengths 11"):
+        pytest.skip("asserted on the device, which ends the process's use of it")
+    arguments = dict(keys=torch.randn(1, 2, 10, 16), values=torch.randn(1, 2, 10, 16), keep=0.5) | BAD[case]
+    if HAS_GPU:
+        move = {k: v.to(DEVICE) for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.device.type == "cpu"}
+        if case == "keys grad":
+            move["keys"] = move["keys"].detach().requires_grad_()
+        if case == "keys expanded":
+            move["keys"] = torch.randn(1, 1, 10, 16, device=DEVICE).expand(1, 2, 10, 16)
+        arguments |= move
+    writable = [t for t in (arguments["keys"], arguments["values"]) if isinstance(t, torch.Tensor) and not t.is_meta]
+    before = [t.detach().clone() for t in writable]
+    with kvevict.backend(backend), pytest.raises((TypeError, ValueError), match=case.split()[0]):
+        keydiff_compact(arguments.pop("keys"), arguments.pop("values"), **arguments)
+    assert all(torch.equal(a, b) for a, b in zip(before, writable, strict=True))
+
+
+@pytest.mark.skipif(HAS_GPU, reason="asserted on the device, which ends the process's use of it")
+@pytest.mark.parametrize("row", [[3, 1], [1, 1], [0, 10], [-1, 2], [-2, 0]], ids=str)
+def test_indices_must_ascend_within_the_row(row):
+    keys, values = cache((1, 1, 10, 16, 16))
+    before = keys.clone()
+    for options in (dict(), dict(inplace=False), dict(preserve_order=False)):
+        with pytest.raises(ValueError, match="indices"):
+            kvevict.compact(keys, values, torch.tensor([[row]]), **options)
+    assert torch.equal(keys, before)
+
+
+def test_memory_of_keys_and_values_must_be_apart():
+    x = torch.randn(1, 2, 20, 32, device=DEVICE)
+    for keys, values in ((x, x), (x[..., :16], x[..., 8:24]), (x[:, :, 1:], x[:, :, :-1])):
+        with pytest.raises(ValueError, match="values shares memory"):
+            keydiff_compact(keys, values, keep=0.5)
+    keydiff_compact(x[..., :16], x[..., 16:], keep=0.5)
+    keydiff_compact(x, x, keep=0.5, inplace=False)
+
+
+def test_backend_by_name_never_falls_back(monkeypatch):
+    keys, _ = cache((1, 1, 8, 16, 16))
+    with pytest.raises(ValueError, match="cuda"), kvevict.backend("cuda"):
+        pass
+    monkeypatch.setenv("KVEVICT_BACKEND", "nothing")
+    with pytest.raises(ValueError, match="KVEVICT_BACKEND"):
+        kvevict.keydiff_scores(keys)
+    monkeypatch.setenv("KVEVICT_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if not HAS_GPU:
+        with pytest.raises(ValueError, match="triton"):
+            kvevict.keydiff_scores(keys)
+
+
+def test_backends_have_one_interface():
+    from kvevict.backends import reference, triton
+
+    assert sorted(reference.__all__) == sorted(triton.__all__)
+    assert set(reference.__all__) == {"keydiff_scores", "topk_indices", "fill_holes", "move_rows", "copy_rows"}
+
+
+def test_works_where_triton_cannot_be_imported():
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch, kvevict
+k = torch.randn(1, 2, 50, 16)
+c = kvevict.keydiff_compact(k, k.clone(), keep=0.5, sink=4)
+assert c.keys.shape == (1, 2, 25, 16)
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "KVEVICT_BACKEND")}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
+def test_opcheck():
+    keys, values = cache((2, 2, 20, 16, 16))
+    scores = torch.randn(2, 2, 20, device=DEVICE)
+    indices = torch.arange(0, 20, 2, device=DEVICE).expand(2, 2, 10).contiguous()
+    lengths = torch.tensor([20, 7], device=DEVICE)
+    ops = torch.ops.kvevict
+    calls = [
+        (ops.keydiff_scores.default, (keys, None, True, lengths, torch.zeros(2, 2, 20, device=DEVICE))),
+        (ops.topk_indices.default, (scores, None, 1, 2, False, None, False, torch.zeros_like(indices))),
+        (ops.fill_holes.default, (indices, 20, False, torch.zeros_like(indices))),
+        (ops.move_rows.default, (keys, values, indices, True, False)),
+        (ops.copy_rows.default, (keys, values, indices, False, keys[:, :, :10].clone(), values[:, :, :10].clone())),
+    ]
+    with kvevict.backend("reference"):
+        for op, arguments in calls:
+            torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile_traces_it_whole(dynamic):
+    def step(keys, values, lengths):
+        result = keydiff_compact(keys, values, keep=0.5, sink=2, recent=2, lengths=lengths)
+        return result.keys * 2, result.indices, result.lengths
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for S in (40, 56):
+        keys, values = cache((2, 2, S, 16, 16), seed=S)
+        lengths = torch.tensor([S, 9], device=DEVICE)
+        k, v = keys.clone(), values.clone()
+        expected, got = step(k, v, lengths), compiled(keys, values, lengths)
+        for a, b in zip(expected, got, strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(k, keys) and torch.equal(v, values)  # written in place there too
+    if not HAS_GPU:
+        with pytest.raises(Exception, match="lengths"):
+            compiled(keys, values, torch.tensor([S, S + 1]))
+
+
+def test_tensors_of_more_than_2_31_elements_are_addressed():
+    """Offsets are int64: a view whose rows lie 2³¹ elements apart, over little memory actually touched."""
+    if not HAS_GPU:
+        pytest.skip("needs 4 GiB of GPU memory")
+    storage = torch.empty(2**31 + 2**20, dtype=torch.uint8, device=DEVICE)
+    rows = storage.as_strided((1, 2, 64, 64), (2**31 + 2**19, 2**31, 64, 1))
+    rows.copy_(torch.randint(0, 255, rows.shape, dtype=torch.uint8, device=DEVICE))
+    before = rows.clone()
+    indices = torch.arange(1, 64, 2, device=DEVICE).expand(1, 2, 32).contiguous()
+    result = kvevict.compact(rows, before.clone(), indices)
+    assert torch.equal(result.keys, before[:, :, 1::2])
+
+
+# Traps that users of other packages reported.
+
+
+def test_bf16_masses_of_ties_have_one_rule():
+    keys = torch.randint(-2, 3, (1, 2, 300, 16), device=DEVICE).to(torch.bfloat16)  # few distinct keys: many ties
+    a, b = both(lambda: kvevict.topk_indices(kvevict.keydiff_scores(keys), 0.5))
+    scores = kvevict.keydiff_scores(keys)
+    x, y = both(lambda: kvevict.topk_indices(scores, 0.5))
+    assert torch.equal(x, y) and a.shape == b.shape
+
+
+def test_keep_is_not_lost_to_float_error():
+    assert validate.kept_tokens(0.9, 1000, 0, 0) == 900  # int(1000 * (1 - 0.1)) would be 900, int(1000 * 0.9)...
+    for S in range(1, 400):
+        for percent in range(1, 101):
+            exact = max(1, (2 * percent * S + 100) // 200)
+            assert validate.kept_tokens(percent / 100, S, 0, 0) == exact
+            lengths = torch.tensor([S])
+            if S % 57 == 0:
+                assert validate.kept_lengths(percent / 100, lengths).item() == exact
+
+
+def test_padding_is_never_kept_in_place_of_a_token():
+    keys, values = cache((2, 2, 40, 16, 16))
+    lengths = torch.tensor([40, 11], device=DEVICE)
+    for result in both(lambda: keydiff_compact(keys.clone(), values.clone(), keep=0.9, recent=2, lengths=lengths)):
+        assert result.lengths.tolist() == [36, 10]
+        assert (result.indices[1, :, :10] < 11).all() and (result.indices[1, :, 10:] == -1).all()
+        assert (result.indices[1, :, 8:10] == torch.tensor([9, 10], device=DEVICE)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("S, H", [(4096, 8), (131072, 8), (1048576, 1)])
+def test_large_shapes_equal_the_reference(S, H):
+    keys, values = (torch.randn(1, H, S, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    scores = kvevict.keydiff_scores(keys)
+    a, b = both(lambda: kvevict.topk_indices(scores, 0.5, sink=4, recent=32))
+    assert torch.equal(a, b)
+    expected = values.gather(2, a[..., None].expand(-1, -1, -1, 128))
+    for _ in range(3):  # a race would show now and then
+        result = kvevict.compact(keys.clone(), values.clone(), a)
+        assert torch.equal(result.values, expected)
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    keys, values = (torch.randn(1, 8, 20000, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    k, v = keys.clone(), values.clone()
+    keydiff_compact(k, v, keep=0.5, sink=4)  # compile before capture
+    graph = torch.cuda.CUDAGraph()
+    k.copy_(keys), v.copy_(values)
+    with torch.cuda.graph(graph):
+        result = keydiff_compact(k, v, keep=0.5, sink=4)
+    expected = keydiff_compact(keys.clone(), values.clone(), keep=0.5, sink=4)
+    for _ in range(2):
+        k.copy_(keys), v.copy_(values)
+        graph.replay()
+        assert_same(result, expected)
