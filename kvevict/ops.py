@@ -108,7 +108,8 @@ def compact(
         TypeError, ValueError: see the module; in place also for keys or values that share memory. Values of `indices`
         on a GPU are asserted on the device.
     """
-    keys, values = _check_cache(keys, values, inplace, validate.ROW_DTYPES)
+    keys = validate.cache("keys", keys, validate.ROW_DTYPES)
+    values = validate.cache("values", values, validate.ROW_DTYPES, like=keys)
     indices = validate.tensor("indices", indices, 3, (torch.int64,), keys)
     B, H, S = keys.shape[:3]
     if indices.shape[:2] != (B, H) or indices.shape[2] > S:
@@ -133,7 +134,8 @@ def keydiff_compact(
 
     Arguments, shapes and errors as there. The paper protects nothing; most users want `sink=4`.
     """
-    keys, values = _check_cache(keys, values, inplace, validate.FLOAT_DTYPES)
+    keys = validate.cache("keys", keys, validate.FLOAT_DTYPES)
+    values = validate.cache("values", values, validate.FLOAT_DTYPES, like=keys)
     _check_anchor(anchor, keys)
     validate.one_of("heads", heads, ("each", "shared"))
     n = validate.kept_tokens(keep, keys.shape[2], sink, recent)
@@ -154,15 +156,6 @@ def _check_anchor(anchor: str | Tensor, keys: Tensor) -> None:
             raise ValueError(f"anchor has shape {tuple(anchor.shape)}: expected ({B}, {H}, {D}), one per KV head")
     else:
         validate.one_of("anchor", anchor, ("unit", "raw"))
-
-
-def _check_cache(keys, values, inplace: bool, dtypes: tuple[torch.dtype, ...]) -> tuple[Tensor, Tensor]:
-    keys = validate.cache("keys", keys, dtypes)
-    values = validate.cache("values", values, dtypes, like=keys)
-    if inplace:
-        validate.no_internal_overlap("keys", keys)
-        validate.no_internal_overlap("values", values)
-    return keys, values
 
 
 # From here on inputs are valid, but for tensor values: `trusted` says that an earlier op has checked those.
@@ -254,6 +247,8 @@ def _fill_holes_op(indices, S, trusted, out):
 
 @_custom_op("move_rows(Tensor(a!) keys, Tensor(b!) values, Tensor slots, bool ordered, bool trusted) -> ()")
 def _move_rows_op(keys, values, slots, ordered, trusted):
+    validate.no_internal_overlap("keys", keys)
+    validate.no_internal_overlap("values", values)
     validate.no_mutual_overlap(keys, values)
     if not trusted:
         validate.indices_ascend(slots, keys.shape[2])

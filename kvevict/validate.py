@@ -104,7 +104,10 @@ def kept_lengths(keep: int | float, lengths: Tensor) -> Tensor:
 
 
 def no_internal_overlap(name: str, value: Tensor) -> None:
-    """Writing needs every element at an address of its own. An expanded dimension has stride 0."""
+    """Writing needs every element at an address of its own. An expanded dimension has stride 0.
+
+    Runs inside the op: torch.compile cannot sort symbolic strides.
+    """
     reach = 0
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
         if size > 1:
