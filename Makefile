@@ -22,7 +22,7 @@ help:  ## list the targets
 
 setup: $(READY)  ## create .venv and install everything, at the pinned versions
 
-.venv/.installed $(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch triton
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -33,7 +33,7 @@ setup: $(READY)  ## create .venv and install everything, at the pinned versions
 	@touch $@
 
 demo: $(READY)  ## evict from a real model's cache and ask it for a hidden fact (DEMO="--keep 0.3 ...")
-	$(PY) -m kvevict demo $(DEMO)
+	TRITON_INTERPRET=$$($(PY) -c "import torch; print(int(not torch.cuda.is_available()))") $(PY) -m kvevict demo $(DEMO)
 
 test: $(READY)  ## every check; on a machine without a GPU the kernels run in Triton's interpreter
 	$(PY) -m pytest -n $(WORKERS) $(TEST)

@@ -6,6 +6,7 @@ import math
 import pathlib
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from kvevict import models
 from kvevict.backends import pick
 from kvevict.ops import keydiff_compact
 
-FACT = " Remember this: the secret number of the ark is 58317. "
-QUESTION = "\n\nQuestion: What is the secret number of the ark?\nAnswer: The secret number of the ark is"
-ANSWER = " 58317"
+# Something the text cannot know, said twice; checked: the whole cache answers it.
+FACT = "\n\nThe best pizza in Chicago is sold by Kowalski. Remember: the best pizza in Chicago is sold by Kowalski.\n\n"
+QUESTION = "\n\nThe best pizza in Chicago is sold by"
+ANSWER = " Kowalski"
 SINK = 4
 CHUNK = 256  # tokens of prefill per step of the progress bar
 
@@ -53,7 +55,7 @@ def prefill(model, ids: Tensor, advance) -> Layers:
     """The cache after reading `ids`; advance(n) is called after every n tokens."""
     from transformers import DynamicCache
 
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     for chunk in ids.split(CHUNK, dim=1):
         model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
         advance(chunk.shape[1])
@@ -95,7 +97,7 @@ def ask(model, tokenizer, layers: Layers, seen: int) -> tuple[float, str]:
         position += new.shape[1]
         said.append(token)
         new = torch.tensor([[token]], device=device)
-    return loss, tokenizer.decode(said).strip().splitlines()[0]
+    return loss, tokenizer.decode(said).strip().partition("\n")[0]
 
 
 def held_bytes(layers: Layers) -> int:
@@ -177,14 +179,15 @@ def run(
     where = pick(torch.device(device)).__name__.rpartition(".")[2]
     if device == "cpu" and where == "triton":
         where = "triton kernels, interpreted on the CPU: the time says nothing about a GPU"
-    table = Table(title=f"{model_name}, {tokens} tokens, KeyDiff with {SINK} sinks; backend: {where}")
-    for column in ("cache", "tokens", "before (MiB)", "after (MiB)", "eviction (ms)", "loss", "answer"):
+    table = Table(title=f"{model_name}, {tokens} tokens, KeyDiff with {SINK} sinks")
+    for column in ("cache", "tokens", "before MiB", "after MiB", "evict ms", "loss", "answer"):
         table.add_column(column, justify="left" if column in ("cache", "answer") else "right")
     for row in rows:
         mib = [f"{size / 2**20:.1f}" for size in (rows[0].bytes, row.bytes)]
         time_ms = f"{row.seconds * 1e3:.1f}" if row.indices else "-"
         table.add_row(row.name, str(row.tokens), *mib, time_ms, f"{row.loss:.4f}", row.answer)
     console.print(table)
+    console.print(f"backend: {where}")
     console.print(f"the right answer: {ANSWER.strip()}   loss: nats per token of it   picture: {output}")
     draw(rows, tokens, output)
     return rows

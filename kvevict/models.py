@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from typing import Any
 
 import torch
 
@@ -76,7 +77,7 @@ def fetch_smollm2() -> pathlib.Path:
     return folder
 
 
-def load(name: str = SMOLLM2, device: str = "cpu"):
+def load(name: str = SMOLLM2, device: str = "cpu") -> tuple[Any, Any]:
     """(model, tokenizer) of SmolLM2-135M, a Hugging Face id, or a local folder. float32 on the CPU, bfloat16 on a GPU.
 
     Raises:
@@ -86,6 +87,8 @@ def load(name: str = SMOLLM2, device: str = "cpu"):
 
     where = known_device(device)
     dtype = torch.float32 if where.type == "cpu" else torch.bfloat16
+    tokenizer: Any
+    model: Any
     try:
         if name == SMOLLM2:
             folder = fetch_smollm2()

@@ -1,0 +1,72 @@
+"""The demo's command line, and the demo itself on a tiny model with random weights."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+from kvevict import demo, models
+
+
+def command(*arguments):
+    return subprocess.run([sys.executable, "-m", "kvevict", "demo", *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--device", "nonsense"], ["--model", "/no/such/model"], ["--text", "/no/such/text"], ["--keep", "1.5"],
+     ["--output", "/no/such/folder/a.png"]],
+    ids=lambda a: a[0],
+)  # fmt: skip
+def test_bad_options_end_in_one_line(arguments):
+    done = command(*arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("kvevict demo: ") and arguments[1] in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+class Words:
+    """A tokenizer: one token per character."""
+
+    def __call__(self, text, add_special_tokens=False):
+        return {"input_ids": [ord(c) % 100 for c in text]}
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+def test_text_too_short():
+    with pytest.raises(models.Unavailable, match="the text has 5 tokens"):
+        demo.build_prompt(Words(), "short", 1000)
+    with pytest.raises(models.Unavailable, match="--tokens is 9"):
+        demo.build_prompt(Words(), "a" * 1000, 9)
+
+
+@torch.no_grad()
+def test_demo_on_a_tiny_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    ids = demo.build_prompt(Words(), "in the beginning " * 40, 400)
+    layers = demo.prefill(model, ids, lambda n: None)
+    assert ids.shape == (1, 400) and layers[0][0].shape == (1, 2, 400, 8)
+    whole, _ = demo.ask(model, Words(), layers, 400)
+    everything, _, _ = demo.evict(layers, 1.0)
+    assert demo.ask(model, Words(), everything, 400)[0] == pytest.approx(whole, abs=1e-4)
+
+    # The same loss without any cache: positions and mask are right.
+    question, answer = Words()(demo.QUESTION)["input_ids"], Words()(demo.ANSWER)["input_ids"]
+    logits = model(torch.cat([ids, torch.tensor([question + answer])], 1)).logits[0].log_softmax(-1)
+    truth = -logits[-len(answer) - 1 : -1].gather(-1, torch.tensor(answer)[:, None]).mean().item()
+    assert whole == pytest.approx(truth, abs=1e-4)
+
+    half, indices, _ = demo.evict(layers, 0.5)
+    assert indices[0].shape == (1, 2, 200)
+    assert demo.held_bytes(half) * 2 == demo.held_bytes(layers)
