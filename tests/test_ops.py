@@ -1,6 +1,7 @@
 """The public ops: end to end, bad input, torch.compile, custom-op checks, backends, the traps of the field."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -262,3 +263,18 @@ def test_cuda_graph():
         k.copy_(keys), v.copy_(values)
         graph.replay()
         assert_same(result, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
+def test_compute_sanitizer():
+    program = """
+import torch, kvevict
+k, v = (torch.randn(2, 2, 300, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+for preserve_order in (True, False):
+    kvevict.keydiff_compact(k, v, keep=0.5, sink=4, preserve_order=preserve_order)
+torch.cuda.synchronize()
+"""
+    command = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
