@@ -79,13 +79,8 @@ def topk_indices(
     """
     scores = validate.tensor("scores", scores, 3, (torch.float32,))
     validate.contiguous_rows("scores", scores)
-    validate.one_of("heads", heads, ("each", "shared"))
-    n = validate.kept_tokens(keep, scores.shape[2], sink, recent)
-    keep_lengths = None
-    if lengths is not None:
-        lengths = validate.lengths(lengths, scores)
-        keep_lengths = validate.kept_lengths(keep, lengths)
-    return _topk(scores, n, keep_lengths, sink, recent, heads, lengths)
+    n, lengths, keep_lengths = _check_selection(scores, keep, sink, recent, heads, lengths)
+    return _topk(scores, n, keep_lengths, sink, recent, heads, lengths, trusted=False)
 
 
 def compact(
@@ -137,12 +132,7 @@ def keydiff_compact(
     keys = validate.cache("keys", keys, validate.FLOAT_DTYPES)
     values = validate.cache("values", values, validate.FLOAT_DTYPES, like=keys)
     _check_anchor(anchor, keys)
-    validate.one_of("heads", heads, ("each", "shared"))
-    n = validate.kept_tokens(keep, keys.shape[2], sink, recent)
-    keep_lengths = None
-    if lengths is not None:
-        lengths = validate.lengths(lengths, keys)
-        keep_lengths = validate.kept_lengths(keep, lengths)
+    n, lengths, keep_lengths = _check_selection(keys, keep, sink, recent, heads, lengths)
     scores = _scores(keys, anchor, lengths)
     indices = _topk(scores, n, keep_lengths, sink, recent, heads, lengths, trusted=True)
     return _compact(keys, values, indices, inplace, preserve_order, keep_lengths, trusted=True)
@@ -158,17 +148,29 @@ def _check_anchor(anchor: str | Tensor, keys: Tensor) -> None:
         validate.one_of("anchor", anchor, ("unit", "raw"))
 
 
+def _check_selection(
+    like: Tensor, keep: int | float, sink: int, recent: int, heads: str, lengths: Tensor | None
+) -> tuple[int, Tensor | None, Tensor | None]:
+    """n, lengths and kept lengths [B] of a selection over `like` [B, H, S, ...]."""
+    validate.one_of("heads", heads, ("each", "shared"))
+    n = validate.kept_tokens(keep, like.shape[2], sink, recent)
+    if lengths is None:
+        return n, None, None
+    lengths = validate.lengths(lengths, like)
+    return n, lengths, validate.kept_lengths(keep, lengths)
+
+
 # From here on inputs are valid, but for tensor values: `trusted` says that an earlier op has checked those.
 
 
 def _scores(keys: Tensor, anchor: str | Tensor, lengths: Tensor | None) -> Tensor:
     given = anchor if isinstance(anchor, Tensor) else None
     out = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
-    torch.ops.kvevict.keydiff_scores(keys, given, anchor == "unit" if given is None else False, lengths, out)
+    torch.ops.kvevict.keydiff_scores(keys, given, given is None and anchor == "unit", lengths, out)
     return out
 
 
-def _topk(scores, n: int, keep_lengths, sink: int, recent: int, heads: str, lengths, trusted: bool = False) -> Tensor:
+def _topk(scores, n: int, keep_lengths, sink: int, recent: int, heads: str, lengths, trusted: bool) -> Tensor:
     B, H, _ = scores.shape
     shared = heads == "shared"
     out = torch.empty((B, 1 if shared else H, n), dtype=torch.int64, device=scores.device)
