@@ -97,3 +97,94 @@ def move_config(head_dim: int, value_dim: int, element_size: int) -> MoveConfig:
     # At least 8, whatever head_dim; at most 128, an index a thread. tl.arange wants a power of two.
     block_rows = next_power_of_2(max(8, min(rows, 128)) // 2 + 1)
     return MoveConfig(block_rows, block_dim, block_value_dim)
+
+
+def head_chunk(head_dim: int, element_size: int) -> int:
+    """Columns per tl.dot: a power of two of at least 16, which tl.dot asks for."""
+    if element_size == 4:
+        return 32  # no tensor cores: both operands of a chunk sit in registers
+    if head_dim <= 256:
+        return max(next_power_of_2(head_dim), 16)  # the whole head: one operand is loaded once and stays
+    return 64  # divides 320, 512 and 576, the head_dims in use beyond 256
+
+
+def pipeline_stages(head_dim: int, chunk: int) -> int:
+    """Three tiles in flight hide the latency of a load; a head in chunks has as many loads in one step already, and
+    three stages of all of them would not fit shared memory."""
+    return 3 if head_dim <= chunk else 1
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Tiles of `block_rows` query rows (a row is one query of one head of the group) by `block_tokens` keys."""
+
+    block_dim: int
+    block_rows: int
+    block_tokens: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+    chunk: int = 0
+
+
+def lse_config(
+    rows: int, query_rows: int, tokens: int, head_dim: int, element_size: int, multiprocessors: int
+) -> AttentionConfig:
+    block_dim = head_chunk(head_dim, element_size)
+    # 128 rows and two warp groups, 32 logits a thread; half of that each way for a head_dim twice as wide. float32
+    # keeps its operands in registers: 16 logits a thread.
+    wide = element_size < 4 and block_dim <= 128
+    most_rows, block_tokens = (128, 64) if wide else (64, 32) if element_size < 4 else (32, 64)
+    block_rows = min(max(next_power_of_2(query_rows), 16), most_rows)
+    # A short window alone cannot fill the device: its keys are split, at least 512 to a program, and merged.
+    programs = rows * cdiv(query_rows, block_rows)
+    splits = max(1, min(cdiv(2 * multiprocessors, programs), tokens // 512, 128))
+    chunk = cdiv(cdiv(tokens, splits), block_tokens) * block_tokens
+    num_warps = 8 if block_rows == 128 else 4
+    num_stages = pipeline_stages(head_dim, block_dim)
+    return AttentionConfig(block_dim, block_rows, block_tokens, num_warps, num_stages, cdiv(tokens, chunk), chunk)
+
+
+def mass_config(query_rows: int, head_dim: int, element_size: int) -> AttentionConfig:
+    block_dim = head_chunk(head_dim, element_size)
+    # The keys stay in shared memory (32 KiB at head_dim 128 and at 256 in 16 bits) while the queries stream past.
+    # 128 × 64 float32 over two warp groups: 32 registers of logits and 32 of sums a thread. Less as above.
+    wide = element_size < 4 and block_dim <= 128
+    block_tokens, most_rows = (128, 64) if wide else (64, 32) if element_size < 4 else (32, 32)
+    block_rows = min(max(next_power_of_2(query_rows), 16), most_rows)
+    num_stages = pipeline_stages(head_dim, block_dim)
+    return AttentionConfig(block_dim, block_rows, block_tokens, 8 if wide else 4, num_stages)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """One program per run of `chunk` tokens and per `block_value_dim` columns of V."""
+
+    block_dim: int
+    block_value_dim: int
+    block_rows: int
+    block_tokens: int
+    num_stages: int
+    splits: int
+    chunk: int
+    num_warps: int = 4
+
+
+MAX_DECODE_SPLITS = 64  # the partial results of a row are merged by one program
+
+
+def decode_config(
+    rows: int, group: int, tokens: int, head_dim: int, value_dim: int, element_size: int, multiprocessors: int
+) -> DecodeConfig:
+    block_dim = head_chunk(head_dim, element_size)
+    # A wider V is cut into columns for several programs, which share K through L2: no accumulator spills.
+    block_value_dim = min(max(next_power_of_2(value_dim), 16), 256)
+    block_rows = max(next_power_of_2(group), 16)  # tl.dot's least; the group's queries fill the first rows
+    # K and V tiles of 16 KiB each in 16 bits: three stages of both fit beside each other.
+    block_tokens = max(16, min(64, 16 * 1024 // (max(block_dim, block_value_dim) * max(element_size, 2))))
+    # Two programs on every multiprocessor; under 256 tokens a program's start costs more than its loads.
+    wanted = cdiv(2 * multiprocessors, rows * cdiv(value_dim, block_value_dim))
+    splits = max(1, min(wanted, tokens // 256, MAX_DECODE_SPLITS))
+    chunk = cdiv(cdiv(tokens, splits), block_tokens) * block_tokens
+    num_stages = pipeline_stages(head_dim, block_dim)
+    return DecodeConfig(block_dim, block_value_dim, block_rows, block_tokens, num_stages, cdiv(tokens, chunk), chunk)

@@ -1,5 +1,6 @@
-"""Device helpers with two callers or more: an ordering of floats, a search, the address and the value of a key."""
+"""Helpers with two callers or more: an ordering of floats, a search, the address and the value of a key."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -42,6 +43,16 @@ def count_below(indices_ptr, n, value):
 
 
 @triton.jit
+def row_length(lengths_ptr, b, S):
+    """Tokens of request b."""
+    if lengths_ptr is None:
+        length = S
+    else:
+        length = tl.load(lengths_ptr + b).to(tl.int32)
+    return length
+
+
+@triton.jit
 def row_pointers(head_ptr, tokens, stride_s, columns):
     """Addresses [tokens, columns] of the rows of one (batch, head). The one place that knows where a token lies."""
     return head_ptr + tokens.to(tl.int64)[:, None] * stride_s + columns[None, :]
@@ -60,3 +71,28 @@ def to_float32(x, DECODE_E4M3: tl.constexpr):
         half = (((byte & 0x80) << 8) | (magnitude << 7)).to(tl.float16, bitcast=True)
         return tl.where(magnitude == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
     return x.to(tl.float32)
+
+
+_INTERPRETED = not isinstance(to_float32, triton.runtime.jit.JITFunction)
+
+
+def dot_type(x: torch.Tensor) -> tl.dtype:
+    """The type in which tl.dot multiplies x: its own; bfloat16 for float8, which is exact in it.
+
+    The interpreter's tl.dot takes bfloat16 for integers: there float32, which holds every product exactly.
+    """
+    if x.element_size() == 4 or (_INTERPRETED and x.dtype != torch.float16):
+        return tl.float32
+    return tl.float16 if x.dtype == torch.float16 else tl.bfloat16
+
+
+def plain_bytes(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """x and False; or, where the device lacks float8_e4m3fn and x is of it, x as bytes and True (DECODE_E4M3).
+
+    The type is NVIDIA's from compute capability 8.9 on. The interpreter has every type.
+    """
+    if x.dtype == torch.float8_e4m3fn and not _INTERPRETED:
+        target = triton.runtime.driver.active.get_current_target()
+        if target.backend == "cuda" and target.arch < 89:
+            return x.view(torch.uint8), True
+    return x, False

@@ -16,18 +16,9 @@ import triton
 import triton.language as tl
 
 from .launch_config import multiprocessors, score_config
-from .primitives import row_pointers, to_float32
+from .primitives import plain_bytes, row_length, row_pointers, to_float32
 
 _LENGTH_DEPENDENT = ["S", "H", "splits", "chunk"]
-
-
-@triton.jit
-def _row_length(lengths_ptr, b, S):
-    if lengths_ptr is None:
-        length = S
-    else:
-        length = tl.load(lengths_ptr + b).to(tl.int32)
-    return length
 
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
@@ -40,7 +31,7 @@ def partial_anchor_kernel(
     b, h = row // H, row % H
     head_ptr = keys_ptr + b * stride_b + h * stride_h
     begin = split * chunk
-    end = tl.minimum(begin + chunk, _row_length(lengths_ptr, b, S))
+    end = tl.minimum(begin + chunk, row_length(lengths_ptr, b, S))
     columns = tl.arange(0, BLOCK_D)
     inside = columns < D
 
@@ -67,7 +58,7 @@ def keydiff_scores_kernel(
     split = program % splits
     b, h = row // H, row % H
     head_ptr = keys_ptr + b * stride_b + h * stride_h
-    length = _row_length(lengths_ptr, b, S)
+    length = row_length(lengths_ptr, b, S)
     columns = tl.arange(0, BLOCK_D)
     inside = columns < D
 
@@ -95,16 +86,6 @@ def keydiff_scores_kernel(
         tl.store(scores_ptr + row * S + tokens, score, mask=tokens < end)
 
 
-def _decodes_e4m3(keys: torch.Tensor) -> bool:
-    """float8_e4m3fn is a type of NVIDIA's from compute capability 8.9 on; before that its bytes are decoded."""
-    if keys.dtype != torch.float8_e4m3fn:
-        return False
-    if isinstance(partial_anchor_kernel, triton.runtime.jit.JITFunction):
-        target = triton.runtime.driver.active.get_current_target()
-        return target.backend == "cuda" and target.arch < 89
-    return False  # interpreted: the interpreter has every type
-
-
 def keydiff_scores(
     keys: torch.Tensor, anchor: torch.Tensor | None, unit: bool, lengths: torch.Tensor | None, out: torch.Tensor
 ) -> None:
@@ -115,10 +96,8 @@ def keydiff_scores(
     B, H, S, D = keys.shape
     config = score_config(B * H, S, D, multiprocessors(keys.device))
     grid = (B * H * config.splits,)
-    decode = _decodes_e4m3(keys)
     strides = keys.stride()[:3]
-    if decode:
-        keys = keys.view(torch.uint8)
+    keys, decode = plain_bytes(keys)
     tile = dict(D=D, BLOCK_D=config.block_dim, BLOCK_S=config.block_tokens, DECODE_E4M3=decode)
 
     if anchor is None:

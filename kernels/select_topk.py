@@ -1,4 +1,5 @@
-"""Exact top-k of a row: the k-th best score by radix search, then the kept tokens' indices in ascending order.
+"""Exact selection in a row: the k-th best score by radix search, then the kept tokens' indices in ascending order;
+or, the other way round (WORST), the tokens to give up.
 
     mean_heads_kernel       [B, 1, S]: the mean over KV heads, added in head order (heads="shared")
     select_row_kernel       one program per row, everything in one launch: short rows, or many of them
@@ -9,7 +10,8 @@ A score becomes an int32 key whose ascending order is the order of selection (pr
 digits of 8 bits, each found from a histogram of the keys that share the digits before it, give the k-th key exactly
 and how many of its ties to take, lowest index first. 256 bins, because tl.histogram spends work per warp in
 proportion to the bins. Protected tokens (the first `sink`, the last `recent`) are outside the candidates' range
-[sink, length - recent): a predicate on the index, never a score.
+[sink, length - recent): a predicate on the index, never a score. WORST reverses the keys and takes the ties with the
+highest index, so it picks exactly the tokens that keeping the others would leave out.
 
 Shapes: scores [B, H, S] float32, last dimension contiguous; out [B, H or 1, n] int64, -1 beyond a row's own count.
 Bytes per row: the scores are read five times (4·5·S, from L2 after the first), 8·n written; split rows add
@@ -23,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .launch_config import MAX_SELECT_SPLITS, cdiv, multiprocessors, select_config
-from .primitives import descending_key
+from .primitives import descending_key, row_length
 
 _LENGTH_DEPENDENT = ["S", "H", "n", "sink", "recent", "splits", "chunk", "stride_b", "stride_h"]
 _DIGIT_BINS = tl.constexpr(256)
@@ -31,37 +33,47 @@ _MAX_SPLITS = tl.constexpr(MAX_SELECT_SPLITS)
 
 
 @triton.jit
-def _row_bounds(lengths_ptr, keep_ptr, b, S, n, sink, recent):
-    """length, kept, sink and recent of one row.
+def _row_bounds(lengths_ptr, keep_ptr, b, S, n, sink, recent, WORST: tl.constexpr):
+    """length, tokens to write, candidates to choose, sink and recent of one row.
 
-    A ragged row that keeps fewer than sink + recent tokens keeps its first `sink`, then its most recent.
+    A ragged row that keeps fewer than sink + recent tokens keeps its first `sink`, then its most recent; one with
+    fewer than n unprotected tokens gives up only those.
     """
-    if lengths_ptr is None:
-        length, kept = S, n
+    length = row_length(lengths_ptr, b, S)
+    if WORST:
+        sink = tl.minimum(sink, length)
+        recent = tl.minimum(recent, length - sink)
+        need = tl.minimum(n, length - sink - recent)
+        written = need
     else:
-        length = tl.load(lengths_ptr + b).to(tl.int32)
-        kept = tl.load(keep_ptr + b).to(tl.int32)
-    sink = tl.minimum(sink, kept)
-    recent = tl.minimum(recent, kept - sink)
-    return length, kept, sink, recent
+        written = row_length(keep_ptr, b, n)
+        sink = tl.minimum(sink, written)
+        recent = tl.minimum(recent, written - sink)
+        need = written - sink - recent
+    return length, written, need, sink, recent
 
 
 @triton.jit
-def _candidate_keys(scores_ptr, tokens, first, last):
+def _candidate_keys(scores_ptr, tokens, first, last, WORST: tl.constexpr):
     """Keys of a tile of tokens, and which of them compete: those in [first, last)."""
     competes = (tokens >= first) & (tokens < last)
-    return descending_key(tl.load(scores_ptr + tokens, mask=competes, other=0.0)), competes
+    keys = descending_key(tl.load(scores_ptr + tokens, mask=competes, other=0.0))
+    if WORST:
+        keys = -1 - keys
+    return keys, competes
 
 
 @triton.jit
-def _count_digits(scores_ptr, begin, end, first, last, prefix, DIGIT: tl.constexpr, BLOCK: tl.constexpr):
+def _count_digits(
+    scores_ptr, begin, end, first, last, prefix, DIGIT: tl.constexpr, BLOCK: tl.constexpr, WORST: tl.constexpr
+):  # fmt: skip
     """Histogram of the DIGIT-th byte over the candidates whose more significant bytes equal `prefix`, and how many
     candidates have a better (smaller) prefix."""
     counts = tl.zeros([_DIGIT_BINS], tl.int32)
     better = tl.zeros([BLOCK], tl.int32)
     for start in range(begin, end, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        keys, competes = _candidate_keys(scores_ptr, tokens, first, tl.minimum(last, end))
+        keys, competes = _candidate_keys(scores_ptr, tokens, first, tl.minimum(last, end), WORST)
         if DIGIT == 0:
             digits = (keys >> 24) + 128  # the sign bit makes the first byte signed
         else:
@@ -74,40 +86,47 @@ def _count_digits(scores_ptr, begin, end, first, last, prefix, DIGIT: tl.constex
 
 @triton.jit
 def _next_digit(counts, prefix, need, DIGIT: tl.constexpr):
-    """The prefix one byte longer, and how many keys with exactly that prefix are still needed."""
+    """The prefix one byte longer, how many keys with exactly that prefix are still needed, and how many there are."""
     bins = tl.arange(0, _DIGIT_BINS)
     digit = tl.sum((tl.cumsum(counts, 0) < need).to(tl.int32), 0)
     need -= tl.sum(tl.where(bins < digit, counts, 0), 0)
+    alike = tl.sum(tl.where(bins == digit, counts, 0), 0)
     if DIGIT == 0:
         prefix = digit - 128
     else:
         prefix = prefix * 256 + digit
-    return prefix, need
+    return prefix, need, alike
 
 
 @triton.jit
 def _write_kept(
-    scores_ptr, out_ptr, begin, end, n, length, kept, sink, recent, kth, need, better_before, ties_before,
-    BLOCK: tl.constexpr,
+    scores_ptr, out_ptr, begin, end, n, length, written, sink, recent, kth, need, ties, better_before, ties_before,
+    BLOCK: tl.constexpr, WORST: tl.constexpr,
 ):  # fmt: skip
-    """Write the kept tokens of [begin, end), given how many better and tied candidates lie before `begin`."""
+    """Write the chosen tokens of [begin, end), given how many better and tied candidates lie before `begin`."""
     first, last = sink, length - recent
-    protected_before = tl.minimum(begin, sink) + tl.minimum(tl.maximum(begin - last, 0), recent)
-    kept_before = protected_before + better_before + tl.minimum(ties_before, need)
+    if WORST:
+        first_tie = ties - need
+        kept_before = better_before + tl.maximum(ties_before - first_tie, 0)
+    else:
+        first_tie = 0
+        protected_before = tl.minimum(begin, sink) + tl.minimum(tl.maximum(begin - last, 0), recent)
+        kept_before = protected_before + better_before + tl.minimum(ties_before, need)
     for start in range(begin, end, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        keys, competes = _candidate_keys(scores_ptr, tokens, first, tl.minimum(last, end))
+        keys, competes = _candidate_keys(scores_ptr, tokens, first, tl.minimum(last, end), WORST)
         tied = (competes & (keys == kth)).to(tl.int32)
         tie_rank = ties_before + tl.cumsum(tied, 0) - tied
-        chosen = (competes & (keys < kth)) | ((tied == 1) & (tie_rank < need))
-        protected = (tokens < sink) | ((tokens >= last) & (tokens < length))
-        keep = (chosen | protected) & (tokens < end)
+        keep = (competes & (keys < kth)) | ((tied == 1) & (tie_rank >= first_tie) & (tie_rank < first_tie + need))
+        if not WORST:
+            keep = keep | (tokens < sink) | ((tokens >= last) & (tokens < length))
+        keep = keep & (tokens < end)
         kept_here = keep.to(tl.int32)
         slots = kept_before + tl.cumsum(kept_here, 0) - kept_here
         tl.store(out_ptr + slots, tokens.to(tl.int64), mask=keep)
         # n <= S, so the run of tokens is a run of slots as well: those beyond the row's count are its padding.
         padding = tl.full([BLOCK], -1, tl.int64)
-        tl.store(out_ptr + tokens, padding, mask=(tokens >= kept) & (tokens < tl.minimum(n, end)))
+        tl.store(out_ptr + tokens, padding, mask=(tokens >= written) & (tokens < tl.minimum(n, end)))
         kept_before += tl.sum(kept_here, 0)
         ties_before += tl.sum(tied, 0)
 
@@ -126,18 +145,21 @@ def mean_heads_kernel(scores_ptr, out_ptr, S, H, stride_b, stride_h, splits, BLO
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def select_row_kernel(
-    scores_ptr, lengths_ptr, keep_ptr, out_ptr, S, H, n, sink, recent, stride_b, stride_h, BLOCK: tl.constexpr,
+    scores_ptr, lengths_ptr, keep_ptr, out_ptr, S, H, n, sink, recent, stride_b, stride_h,
+    BLOCK: tl.constexpr, WORST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, h = row // H, row % H
     row_ptr = scores_ptr + b * stride_b + h * stride_h
-    length, kept, sink, recent = _row_bounds(lengths_ptr, keep_ptr, b, S, n, sink, recent)
-    prefix, need = 0, kept - sink - recent
+    length, written, need, sink, recent = _row_bounds(lengths_ptr, keep_ptr, b, S, n, sink, recent, WORST)
+    prefix, ties = 0, 0
     for digit in tl.static_range(4):
-        counts, _ = _count_digits(row_ptr, 0, S, sink, length - recent, prefix, digit, BLOCK)
-        prefix, need = _next_digit(counts, prefix, need, digit)
+        counts, _ = _count_digits(row_ptr, 0, S, sink, length - recent, prefix, digit, BLOCK, WORST)
+        prefix, need, ties = _next_digit(counts, prefix, need, digit)
     none = tl.full([], 0, tl.int32)  # nothing lies before the row
-    _write_kept(row_ptr, out_ptr + row * n, 0, S, n, length, kept, sink, recent, prefix, need, none, none, BLOCK)
+    _write_kept(
+        row_ptr, out_ptr + row * n, 0, S, n, length, written, sink, recent, prefix, need, ties, none, none, BLOCK, WORST
+    )
 
 
 @triton.jit
@@ -156,7 +178,7 @@ def _load_counts(histograms_ptr, row, splits, DIGIT: tl.constexpr):
 
 @triton.jit
 def _advance(histograms_ptr, states_ptr, row, splits, DIGIT: tl.constexpr):
-    """The state after byte DIGIT, from the state before it and the counts of all runs."""
+    """_next_digit after byte DIGIT, from the state before it and the counts of all runs."""
     counts = tl.sum(_load_counts(histograms_ptr, row, splits, DIGIT), 0)
     state_ptr = _state_ptr(states_ptr, row, DIGIT)
     return _next_digit(counts, tl.load(state_ptr), tl.load(state_ptr + 1), DIGIT)
@@ -165,16 +187,16 @@ def _advance(histograms_ptr, states_ptr, row, splits, DIGIT: tl.constexpr):
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def count_digits_kernel(
     scores_ptr, lengths_ptr, keep_ptr, histograms_ptr, states_ptr, better_ptr,
-    S, H, n, sink, recent, stride_b, stride_h, splits, chunk, DIGIT: tl.constexpr, BLOCK: tl.constexpr,
+    S, H, n, sink, recent, stride_b, stride_h, splits, chunk,
+    DIGIT: tl.constexpr, BLOCK: tl.constexpr, WORST: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     b, h = row // H, row % H
-    length, kept, sink, recent = _row_bounds(lengths_ptr, keep_ptr, b, S, n, sink, recent)
-    if DIGIT == 0:
-        prefix, need = 0, kept - sink - recent
-    else:
-        prefix, need = _advance(histograms_ptr, states_ptr, row, splits, DIGIT - 1)
+    length, _, need, sink, recent = _row_bounds(lengths_ptr, keep_ptr, b, S, n, sink, recent, WORST)
+    prefix = 0
+    if DIGIT > 0:
+        prefix, need, _ = _advance(histograms_ptr, states_ptr, row, splits, DIGIT - 1)
     if split == 0:
         state_ptr = _state_ptr(states_ptr, row, DIGIT)
         tl.store(state_ptr, prefix)
@@ -182,7 +204,7 @@ def count_digits_kernel(
     begin = split * chunk
     end = tl.minimum(begin + chunk, S)
     counts, better = _count_digits(
-        scores_ptr + b * stride_b + h * stride_h, begin, end, sink, length - recent, prefix, DIGIT, BLOCK
+        scores_ptr + b * stride_b + h * stride_h, begin, end, sink, length - recent, prefix, DIGIT, BLOCK, WORST
     )
     offsets = ((row * 4 + DIGIT) * splits + split) * _DIGIT_BINS + tl.arange(0, _DIGIT_BINS)
     tl.store(histograms_ptr + offsets, counts)
@@ -193,13 +215,13 @@ def count_digits_kernel(
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def write_kept_kernel(
     scores_ptr, lengths_ptr, keep_ptr, histograms_ptr, states_ptr, better_ptr, out_ptr,
-    S, H, n, sink, recent, stride_b, stride_h, splits, chunk, BLOCK: tl.constexpr,
+    S, H, n, sink, recent, stride_b, stride_h, splits, chunk, BLOCK: tl.constexpr, WORST: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     b, h = row // H, row % H
-    length, kept, sink, recent = _row_bounds(lengths_ptr, keep_ptr, b, S, n, sink, recent)
-    kth, need = _advance(histograms_ptr, states_ptr, row, splits, 3)
+    length, written, _, sink, recent = _row_bounds(lengths_ptr, keep_ptr, b, S, n, sink, recent, WORST)
+    kth, need, ties = _advance(histograms_ptr, states_ptr, row, splits, 3)
 
     # What the runs before this one hold: candidates better in the first three bytes, or in the last one, and ties.
     runs, bins = tl.arange(0, _MAX_SPLITS), tl.arange(0, _DIGIT_BINS)[None, :]
@@ -212,7 +234,7 @@ def write_kept_kernel(
     begin = split * chunk
     _write_kept(
         scores_ptr + b * stride_b + h * stride_h, out_ptr + row * n, begin, tl.minimum(begin + chunk, S), n,
-        length, kept, sink, recent, kth, need, better_before, ties_before, BLOCK,
+        length, written, sink, recent, kth, need, ties, better_before, ties_before, BLOCK, WORST,
     )  # fmt: skip
 
 
@@ -237,11 +259,22 @@ def topk_indices(
     """Fill out [B, H, n] (shared: [B, 1, n]) int64 with the kept tokens, ascending; -1 beyond keep_lengths[b]."""
     if shared:
         scores = _mean_heads(scores)
+    _select(scores, keep_lengths, sink, recent, lengths, out, worst=False)
+
+
+def evict_slots(
+    scores: torch.Tensor, sink: int, recent: int, lengths: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """Fill out [B, H, n] int64 with the n worst unprotected tokens, ascending; -1 where a row has fewer."""
+    _select(scores, None, sink, recent, lengths, out, worst=True)
+
+
+def _select(scores, keep_lengths, sink: int, recent: int, lengths, out, worst: bool) -> None:
     B, H, S = scores.shape
     n = out.shape[2]
     config = select_config(B * H, S, multiprocessors(scores.device))
     sizes = (S, H, n, sink, recent, *scores.stride()[:2])
-    launch = dict(BLOCK=config.block, num_warps=config.num_warps)
+    launch = dict(BLOCK=config.block, WORST=worst, num_warps=config.num_warps)
     if config.splits == 1:
         select_row_kernel[(B * H,)](scores, lengths, keep_lengths, out, *sizes, **launch)
         return

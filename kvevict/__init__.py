@@ -1,8 +1,39 @@
 """kvevict: decide which tokens of an LLM's KV cache are worth keeping, and shrink the cache to them on the GPU."""
 
 from kvevict.backends import backend
-from kvevict.ops import Compacted, compact, keydiff_compact, keydiff_scores, topk_indices
+from kvevict.ops import (
+    Compacted,
+    attention_compact,
+    attention_lse,
+    attention_mass,
+    combine_scores,
+    compact,
+    decode_attention,
+    evict_slots,
+    key_norm_scores,
+    keydiff_compact,
+    keydiff_scores,
+    mlp_scores,
+    pool_scores,
+    topk_indices,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["Compacted", "backend", "compact", "keydiff_compact", "keydiff_scores", "topk_indices"]
+__all__ = [
+    "Compacted",
+    "attention_compact",
+    "attention_lse",
+    "attention_mass",
+    "backend",
+    "combine_scores",
+    "compact",
+    "decode_attention",
+    "evict_slots",
+    "key_norm_scores",
+    "keydiff_compact",
+    "keydiff_scores",
+    "mlp_scores",
+    "pool_scores",
+    "topk_indices",
+]

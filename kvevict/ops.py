@@ -7,17 +7,21 @@ Layout: keys [batch, kv_heads, seq, head_dim] and values [batch, kv_heads, seq, 
 contiguous last dimension. A [B, S, H, D] cache is passed as `x.transpose(1, 2)`; in place works on the view. dtypes:
 float32, float16, bfloat16, float8_e4m3fn, float8_e5m2; `compact` also moves int8 and uint8 rows. head_dim up to 576,
 fastest at multiples of 16.
+
+Queries [batch, query_heads, W, head_dim] are the last W of the sequence (W = S: the whole prompt), of the keys' dtype
+(any of the above beside float8 keys); query head h·G + g belongs to KV head h, its GQA group. Where `lengths` are given
+and a request is shorter than W, its queries come first and the rest is padding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvevict import validate
-from kvevict.backends import pick
+from kvevict import custom_ops, validate  # noqa: F401  (custom_ops registers torch.ops.kvevict)
 
 
 class Compacted(NamedTuple):
@@ -51,6 +55,286 @@ def keydiff_scores(keys: Tensor, *, anchor: str | Tensor = "unit", lengths: Tens
     return _scores(keys, anchor, lengths)
 
 
+def key_norm_scores(keys: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+    """KeyNorm scores -‖k_i‖: keys of small norm draw attention. Devoto et al. (arXiv 2406.11430), section 3.
+
+    Arguments, result and errors as `keydiff_scores`.
+    """
+    keys = validate.cache("keys", keys, validate.FLOAT_DTYPES)
+    lengths = None if lengths is None else validate.lengths(lengths, keys)
+    out = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
+    torch.ops.kvevict.key_norm_scores(keys, lengths, out)
+    return out
+
+
+def attention_lse(
+    queries: Tensor, keys: Tensor, *, scale: float | None = None, causal: bool = True, lengths: Tensor | None = None
+) -> Tensor:
+    """Log-sum-exp of every query's attention logits, as flash attention returns it.
+
+    Args:
+        queries: [B, Hq, W, D], the last W of the sequence.
+        keys: [B, H, S, D], after RoPE.
+        scale: of the logits; None is 1/√D.
+        causal: a query sees no key behind its own token.
+        lengths: [B] int32 or int64, valid tokens of each request.
+
+    Returns:
+        [B, Hq, W] float32, ln Σ_i exp(scale · q·k_i) over the keys that a query sees; -inf for queries that are padding.
+
+    Raises:
+        TypeError, ValueError: see the module; more queries than keys; `lengths` as in `keydiff_scores`.
+    """
+    keys = validate.cache("keys", keys, validate.FLOAT_DTYPES)
+    queries = validate.queries(queries, keys)
+    scale = validate.softmax_scale(scale, keys.shape[3])
+    lengths = None if lengths is None else validate.lengths(lengths, keys)
+    return _lse(queries, keys, scale, causal, lengths)
+
+
+def attention_mass(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    causal: bool = True,
+    reduce: str = "mean",
+    normalize: str | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """How much attention each key draws from the queries of its GQA group, without an S × S matrix.
+
+    The column sums of softmax(scale · QKᵀ): the score of H2O (arXiv 2306.14048, section 4) for the whole prompt, of
+    SnapKV and TOVA for its last queries.
+
+    Args:
+        queries: [B, Hq, W, D], the last W of the sequence.
+        keys: [B, H, S, D], after RoPE.
+        scale: of the logits; None is 1/√D.
+        lse: [B, Hq, W] float32, rows contiguous: what flash attention returned. None computes it in a first pass.
+        causal: a query sees no key behind its own token.
+        reduce: over the queries and the G heads of the group: "sum"; "mean", the sum over W·G; "max"; "square", the sum
+            of squares (KV-Compress, arXiv 2410.00161).
+        normalize: "count" takes account of how many queries see a key (under `causal` the last key has one): "mean"
+            averages over those alone, "sum" and "square" are divided by their number.
+        lengths: [B] int32 or int64, valid tokens of each request.
+
+    Returns:
+        [B, H, S] float32; -inf beyond a request's length.
+
+    Raises:
+        TypeError, ValueError: as `attention_lse`; also normalize="count" with reduce="max".
+    """
+    keys = validate.cache("keys", keys, validate.FLOAT_DTYPES)
+    queries = validate.queries(queries, keys)
+    scale = validate.softmax_scale(scale, keys.shape[3])
+    _check_mass(queries, lse, reduce, normalize)
+    lengths = None if lengths is None else validate.lengths(lengths, keys)
+    return _mass(queries, keys, scale, lse, causal, reduce, normalize, lengths)
+
+
+def decode_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    mass: Tensor | None = None,
+    decay: float = 1.0,
+    last_used: Tensor | None = None,
+    step: int | None = None,
+    threshold: float = 1e-3,
+) -> Tensor:
+    """Attention of one new query per head over the cache, which also notes how much each cached token was used.
+
+    Let w be this step's attention weights, averaged over the GQA group. Of the first `lengths` tokens of a request:
+
+    Args:
+        queries: [B, Hq, 1, D].
+        keys, values: [B, H, S, D], [B, H, S, Dv], the new token's among them.
+        scale: of the logits; None is 1/√D.
+        lengths: [B] int32 or int64, valid tokens of each request.
+        mass: [B, H, S] float32, updated in place to decay · mass + w (H2O's accumulated score).
+        decay: in [0, 1]; 1 never forgets.
+        last_used: [B, H, S] int32, set in place to `step` where w ≥ threshold (least recently used).
+        step: this step's number, required with `last_used`.
+        threshold: share of the attention that counts as use.
+
+    Returns:
+        [B, Hq, 1, Dv] in the queries' dtype (bfloat16 for float8 queries), as scaled_dot_product_attention gives it.
+
+    Raises:
+        TypeError, ValueError: see the module; `mass` or `last_used` whose elements share memory.
+    """
+    keys = validate.cache("keys", keys, validate.FLOAT_DTYPES)
+    values = validate.cache("values", values, validate.FLOAT_DTYPES, like=keys)
+    queries = validate.queries(queries, keys, W=1)
+    scale = validate.softmax_scale(scale, keys.shape[3])
+    lengths = None if lengths is None else validate.lengths(lengths, keys)
+    if mass is not None:
+        validate.like_scores("mass", mass, torch.float32, keys)
+    if last_used is not None:
+        validate.like_scores("last_used", last_used, torch.int32, keys)
+        if step is None:
+            raise ValueError("step is None: expected this step's number, because last_used is given")
+    step = 0 if step is None else step
+    validate.integer("step", step, 0)
+    decay, threshold = validate.number("decay", decay), validate.number("threshold", threshold)
+    if not 0.0 <= decay <= 1.0:
+        raise ValueError(f"decay is {decay}: expected a number from 0 to 1")
+    dtype = torch.bfloat16 if queries.dtype.itemsize == 1 else queries.dtype
+    out = torch.empty((*queries.shape[:3], values.shape[3]), dtype=dtype, device=keys.device)
+    torch.ops.kvevict.decode_attention(
+        queries, keys, values, scale, lengths, mass, decay, last_used, step, threshold, out
+    )
+    return out
+
+
+def mlp_scores(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """A learned score of each token: sigmoid(w2 · relu(W1 · h + b1) + b2); the hidden layer is never written to memory.
+
+    Args:
+        hidden: [B, S, M] hidden states, float32, float16 or bfloat16, last dimension contiguous.
+        w1, b1, w2, b2: [N, M], [N], [1, N] or [N], [1] or []: the weights and biases of two nn.Linear, of hidden's dtype.
+
+    Returns:
+        [B, S] float32, in [0, 1].
+
+    Raises:
+        TypeError, ValueError: wrong types or shapes.
+    """
+    hidden = validate.tensor("hidden", hidden, 3, validate.FLOAT_DTYPES[:3])
+    validate.contiguous_rows("hidden", hidden)
+    w1 = validate.tensor("w1", w1, 2, (hidden.dtype,), hidden)
+    N, M = w1.shape
+    if hidden.shape[2] != M:
+        raise ValueError(f"w1 has shape {tuple(w1.shape)}: expected (hidden units, {hidden.shape[2]}), as hidden has")
+    flat = {}
+    for name, value, shapes in (("b1", b1, ((N,),)), ("w2", w2, ((1, N), (N,))), ("b2", b2, ((1,), ()))):
+        value = validate.tensor(name, value, getattr(value, "ndim", 1), (hidden.dtype,), hidden)
+        if value.shape not in shapes:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: expected one of {shapes}")
+        flat[name] = value.reshape(-1)
+    out = torch.empty(hidden.shape[:2], dtype=torch.float32, device=hidden.device)
+    torch.ops.kvevict.mlp_scores(hidden, w1.contiguous(), flat["b1"], flat["w2"], flat["b2"], out)
+    return out
+
+
+def pool_scores(scores: Tensor, kernel_size: int, mode: str = "avg") -> Tensor:
+    """Pool scores along the sequence, so that the neighbours of a high score are kept with it (SnapKV, arXiv 2404.14469).
+
+    Args:
+        scores: [B, H, S] float32, last dimension contiguous.
+        kernel_size: odd; the token itself is in the middle.
+        mode: "avg", in which the padding beyond the edges counts as 0 (torch's avg_pool1d); or "max".
+
+    Returns:
+        [B, H, S] float32. A score of -inf marks a position without a token (see the scorers): it stays -inf, and is
+        padding to its neighbours.
+
+    Raises:
+        TypeError, ValueError: wrong type or shape; an even kernel_size; an unknown mode.
+    """
+    scores = validate.scores(scores)
+    validate.one_of("mode", mode, ("avg", "max"))
+    _check_odd("kernel_size", kernel_size)
+    return _pool(scores, kernel_size, mode)
+
+
+def combine_scores(parts: Sequence[tuple[float, Tensor]], *, scale: str = "rank") -> Tensor:
+    """A weighted sum of scores, after putting each on one scale per row: raw sums of unlike scales mean nothing.
+
+    Args:
+        parts: (weight, scores [B, H, S] float32) of each scorer.
+        scale: "rank": the share of a row's other tokens that score lower, ties halfway, in [0, 1]; "minmax": linear from
+            a row's least score, 0, to its greatest, 1; "l2": over the row's Euclidean norm.
+
+    Returns:
+        [B, H, S] float32; -inf where a part is -inf (no token), and NaN where one is NaN; neither counts in a row's scale.
+
+    Raises:
+        TypeError, ValueError: no parts, unlike shapes or devices, weights that are no finite numbers, unknown scale.
+    """
+    validate.one_of("scale", scale, tuple(_SCALES))
+    if not isinstance(parts, Sequence) or not parts:
+        raise ValueError(f"parts is {parts!r}: expected at least one pair (weight, scores)")
+    total: Tensor | None = None
+    absent: Tensor | None = None
+    for i, (weight, scores) in enumerate(parts):
+        weight = validate.number(f"parts[{i}] weight", weight)
+        scores = validate.scores(scores, f"parts[{i}] scores")
+        if total is not None and (scores.shape != total.shape or scores.device != total.device):
+            raise ValueError(
+                f"parts[{i}] scores has shape {tuple(scores.shape)} on {scores.device}: expected "
+                f"{tuple(total.shape)} on {total.device}, as parts[0] has"
+            )
+        no_token = scores == float("-inf")
+        spoiled = scores.isnan()
+        scaled = _SCALES[scale](scores, ~(no_token | spoiled)).masked_fill(spoiled, float("nan")) * weight
+        total = scaled if total is None else total + scaled
+        absent = no_token if absent is None else absent | no_token
+    assert total is not None and absent is not None
+    return total.masked_fill(absent, float("-inf"))
+
+
+def _rank(scores: Tensor, present: Tensor) -> Tensor:
+    scores = scores.masked_fill(~present, float("-inf")).contiguous()
+    in_order = scores.sort(dim=-1)[0]
+    lower = torch.searchsorted(in_order, scores)
+    not_higher = torch.searchsorted(in_order, scores, right=True)
+    absent = (~present).sum(-1, keepdim=True)
+    others = (scores.shape[-1] - absent - 1).clamp(min=1)
+    return (lower + not_higher - 1 - 2 * absent).float() / (2 * others)
+
+
+def _minmax(scores: Tensor, present: Tensor) -> Tensor:
+    least = scores.masked_fill(~present, float("inf")).amin(-1, keepdim=True)
+    most = scores.masked_fill(~present, float("-inf")).amax(-1, keepdim=True)
+    return torch.where(most > least, (scores - least) / (most - least), 0.0)
+
+
+def _l2(scores: Tensor, present: Tensor) -> Tensor:
+    return scores / scores.masked_fill(~present, 0.0).norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+_SCALES = {"rank": _rank, "minmax": _minmax, "l2": _l2}
+
+
+def evict_slots(
+    scores: Tensor, count: int = 1, *, sink: int = 0, recent: int = 0, lengths: Tensor | None = None
+) -> Tensor:
+    """The slots to overwrite: the `count` worst tokens of each head, exactly those that `topk_indices` would leave out.
+
+    For the steady state of decoding: a new token's K and V are written over the worst slot, and nothing else moves.
+
+    Args:
+        scores: [B, H, S] float32, last dimension contiguous. NaN is the worst, then -inf.
+        count: slots per head. Of equal scores the higher index goes first.
+        sink, recent: so many first and last slots are never given.
+        lengths: [B] int32 or int64, valid tokens of each request.
+
+    Returns:
+        [B, H, count] int64, ascending; -1 at the end where a ragged row has fewer unprotected tokens.
+
+    Raises:
+        TypeError, ValueError: see the module; fewer than `count` unprotected slots.
+    """
+    scores = validate.scores(scores)
+    B, H, S = scores.shape
+    for name, value, least in (("count", count, 1), ("sink", sink, 0), ("recent", recent, 0)):
+        validate.integer(name, value, least)
+    if count + sink + recent > S:
+        raise ValueError(
+            f"count is {count}: expected at most {S - sink - recent}, as {sink} + {recent} of {S} slots are protected"
+        )
+    lengths = None if lengths is None else validate.lengths(lengths, scores)
+    out = torch.empty((B, H, count), dtype=torch.int64, device=scores.device)
+    torch.ops.kvevict.evict_slots(scores, sink, recent, lengths, out)
+    return out
+
+
 def topk_indices(
     scores: Tensor,
     keep: int | float,
@@ -77,8 +361,7 @@ def topk_indices(
     Raises:
         TypeError, ValueError: see the module; values of `lengths` on a GPU are asserted on the device.
     """
-    scores = validate.tensor("scores", scores, 3, (torch.float32,))
-    validate.contiguous_rows("scores", scores)
+    scores = validate.scores(scores)
     n, lengths, keep_lengths = _check_selection(scores, keep, sink, recent, heads, lengths)
     return _topk(scores, n, keep_lengths, sink, recent, heads, lengths, trusted=False)
 
@@ -138,6 +421,62 @@ def keydiff_compact(
     return _compact(keys, values, indices, inplace, preserve_order, keep_lengths, trusted=True)
 
 
+def attention_compact(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    keep: int | float,
+    lse: Tensor | None = None,
+    reduce: str = "mean",
+    normalize: str | None = None,
+    pool: int | None = None,
+    sink: int = 0,
+    recent: int = 0,
+    heads: str = "each",
+    lengths: Tensor | None = None,
+    inplace: bool = True,
+    preserve_order: bool = True,
+) -> Compacted:
+    """Eviction by attention mass: `attention_mass`, `pool_scores`, `topk_indices` and `compact` in one call.
+
+    `pool` is the kernel size of an average over neighbours; other arguments, shapes and errors as there. The logits'
+    scale is 1/√D and the mask causal. Queries at the end of the prompt favour their own neighbourhood: protect it with
+    `recent`.
+    """
+    keys = validate.cache("keys", keys, validate.FLOAT_DTYPES)
+    values = validate.cache("values", values, validate.FLOAT_DTYPES, like=keys)
+    queries = validate.queries(queries, keys)
+    _check_mass(queries, lse, reduce, normalize)
+    if pool is not None:
+        _check_odd("pool", pool)
+    n, lengths, keep_lengths = _check_selection(keys, keep, sink, recent, heads, lengths)
+    scores = _mass(queries, keys, keys.shape[3] ** -0.5, lse, True, reduce, normalize, lengths)
+    if pool is not None:
+        scores = _pool(scores, pool, "avg")
+    indices = _topk(scores, n, keep_lengths, sink, recent, heads, lengths, trusted=True)
+    return _compact(keys, values, indices, inplace, preserve_order, keep_lengths, trusted=True)
+
+
+def _check_mass(queries: Tensor, lse: Tensor | None, reduce: str, normalize: str | None) -> None:
+    validate.one_of("reduce", reduce, ("sum", "mean", "max", "square"))
+    if normalize is not None:
+        validate.one_of("normalize", normalize, ("count",))
+        if reduce == "max":
+            raise ValueError("normalize is 'count': expected None, because reduce is 'max', which has nothing to divide")
+    if lse is not None:
+        validate.tensor("lse", lse, 3, (torch.float32,), queries)
+        validate.contiguous_rows("lse", lse)
+        if lse.shape != queries.shape[:3]:
+            raise ValueError(f"lse has shape {tuple(lse.shape)}: expected {tuple(queries.shape[:3])}, one per query")
+
+
+def _check_odd(name: str, value: int) -> None:
+    validate.integer(name, value, 1)
+    if value % 2 == 0:
+        raise ValueError(f"{name} is {value}: expected an odd number, a token with as many neighbours on either side")
+
+
 def _check_anchor(anchor: str | Tensor, keys: Tensor) -> None:
     if isinstance(anchor, Tensor):
         B, H, _, D = keys.shape
@@ -170,6 +509,28 @@ def _scores(keys: Tensor, anchor: str | Tensor, lengths: Tensor | None) -> Tenso
     return out
 
 
+def _lse(queries: Tensor, keys: Tensor, scale: float, causal: bool, lengths: Tensor | None) -> Tensor:
+    out = torch.empty(queries.shape[:3], dtype=torch.float32, device=keys.device)
+    torch.ops.kvevict.attention_lse(queries, keys, scale, causal, lengths, out)
+    return out
+
+
+def _mass(queries, keys, scale: float, lse, causal: bool, reduce: str, normalize: str | None, lengths) -> Tensor:
+    trusted = lse is None
+    if lse is None:
+        lse = _lse(queries, keys, scale, causal, lengths)
+    out = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
+    count = normalize == "count"
+    torch.ops.kvevict.attention_mass(queries, keys, lse, scale, causal, reduce, count, lengths, trusted, out)
+    return out
+
+
+def _pool(scores: Tensor, kernel_size: int, mode: str) -> Tensor:
+    out = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
+    torch.ops.kvevict.pool_scores(scores, kernel_size, mode == "avg", out)
+    return out
+
+
 def _topk(scores, n: int, keep_lengths, sink: int, recent: int, heads: str, lengths, trusted: bool) -> Tensor:
     B, H, _ = scores.shape
     shared = heads == "shared"
@@ -194,74 +555,3 @@ def _compact(
     new_values = values.new_empty((*slots.shape, values.shape[3]))
     torch.ops.kvevict.copy_rows(keys, values, slots, trusted, new_keys, new_values)
     return Compacted(new_keys, new_values, slots, lengths)
-
-
-_library = torch.library.Library("kvevict", "DEF")
-
-
-def _custom_op(schema: str):
-    """Register a function as the op `schema` for every device, with a fake that does nothing: ops return nothing."""
-
-    def register(function):
-        _library.define(schema)
-        name = schema.partition("(")[0]
-        _library.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"kvevict::{name}", lambda *args: None, lib=_library)
-        return function
-
-    return register
-
-
-def _run(name: str, device: torch.device, *args) -> None:
-    """Call the backend's function with `device` current: Triton launches on the current device."""
-    function = getattr(pick(device), name)
-    if device.type == "cpu":
-        return function(*args)
-    module = torch.get_device_module(device)
-    if module.current_device() == device.index:
-        return function(*args)
-    with module.device(device):
-        return function(*args)
-
-
-@_custom_op("keydiff_scores(Tensor keys, Tensor? anchor, bool unit, Tensor? lengths, Tensor(a!) out) -> ()")
-def _keydiff_scores_op(keys, anchor, unit, lengths, out):
-    validate.lengths_within(lengths, keys.shape[2])
-    _run("keydiff_scores", keys.device, keys, anchor, unit, lengths, out)
-
-
-@_custom_op(
-    "topk_indices(Tensor scores, Tensor? keep_lengths, SymInt sink, SymInt recent, bool shared, Tensor? lengths, "
-    "bool trusted, Tensor(a!) out) -> ()"
-)
-def _topk_indices_op(scores, keep_lengths, sink, recent, shared, lengths, trusted, out):
-    if not trusted:
-        validate.lengths_within(lengths, scores.shape[2])
-    _run("topk_indices", scores.device, scores, keep_lengths, sink, recent, shared, lengths, out)
-
-
-@_custom_op("fill_holes(Tensor indices, SymInt S, bool trusted, Tensor(a!) out) -> ()")
-def _fill_holes_op(indices, S, trusted, out):
-    if not trusted:
-        validate.indices_ascend(indices, S)
-    _run("fill_holes", indices.device, indices, out)
-
-
-@_custom_op("move_rows(Tensor(a!) keys, Tensor(b!) values, Tensor slots, bool ordered, bool trusted) -> ()")
-def _move_rows_op(keys, values, slots, ordered, trusted):
-    validate.no_internal_overlap("keys", keys)
-    validate.no_internal_overlap("values", values)
-    validate.no_mutual_overlap(keys, values)
-    if not trusted:
-        validate.indices_ascend(slots, keys.shape[2])
-    _run("move_rows", keys.device, keys, values, slots, ordered)
-
-
-@_custom_op(
-    "copy_rows(Tensor keys, Tensor values, Tensor slots, bool trusted, Tensor(a!) out_keys, Tensor(b!) out_values) "
-    "-> ()"
-)
-def _copy_rows_op(keys, values, slots, trusted, out_keys, out_values):
-    if not trusted:
-        validate.indices_ascend(slots, keys.shape[2])
-    _run("copy_rows", keys.device, keys, values, slots, out_keys, out_values)

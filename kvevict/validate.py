@@ -65,6 +65,58 @@ def lengths(value: object, like: Tensor) -> Tensor:
     return value.contiguous()
 
 
+def queries(value: object, keys: Tensor, W: int | None = None) -> Tensor:
+    """Queries [B, Hq, W, D] beside keys [B, H, S, D]: the last W of the sequence, for whole GQA groups."""
+    value = tensor("queries", value, 4, FLOAT_DTYPES, keys)
+    contiguous_rows("queries", value)
+    B, H, S, D = keys.shape
+    if value.shape[0] != B or value.shape[3] != D:
+        raise ValueError(f"queries has shape {tuple(value.shape)}: expected ({B}, query heads, W, {D}), as keys have")
+    if value.shape[1] % H:
+        raise ValueError(f"queries has {value.shape[1]} heads: expected a multiple of {H}, the KV heads of keys")
+    if value.shape[2] > (S if W is None else W):
+        most = f"at most {S}, the tokens of keys" if W is None else f"{W}"
+        raise ValueError(f"queries has W = {value.shape[2]} queries: expected {most}")
+    if value.dtype != keys.dtype and keys.dtype.itemsize > 1:
+        raise TypeError(f"queries has dtype {value.dtype}: expected {keys.dtype}, the dtype of keys")
+    return value
+
+
+def softmax_scale(value: object, head_dim: int) -> float:
+    """`scale`, or 1/√head_dim for None."""
+    return head_dim**-0.5 if value is None else number("scale", value)
+
+
+def number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}: expected a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}: expected a finite number")
+    return float(value)
+
+
+def integer(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} is {value!r}: expected an int")
+    if value < least:
+        raise ValueError(f"{name} is {value}: expected at least {least}")
+
+
+def scores(value: object, name: str = "scores") -> Tensor:
+    value = tensor(name, value, 3, (torch.float32,))
+    contiguous_rows(name, value)
+    return value
+
+
+def like_scores(name: str, value: object, dtype: torch.dtype, keys: Tensor) -> Tensor:
+    """A tensor [B, H, S] of `dtype` beside keys [B, H, S, D], rows contiguous."""
+    value = tensor(name, value, 3, (dtype,), keys)
+    contiguous_rows(name, value)
+    if value.shape != keys.shape[:3]:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {tuple(keys.shape[:3])}, one per cached key")
+    return value
+
+
 @torch.compiler.assume_constant_result
 def keep_fraction(keep: float) -> tuple[int, int]:
     """A float keep as the decimal that it was written as: 0.145 is 29/200, not 0.14499999999999999."""
@@ -73,11 +125,8 @@ def keep_fraction(keep: float) -> tuple[int, int]:
 
 def kept_tokens(keep: int | float, S: int, sink: int, recent: int) -> int:
     """n: how many of S tokens `keep` keeps. An int counts tokens; a float is a share, rounded half up, at least 1."""
-    for name, value in (("sink", sink), ("recent", recent)):
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{name} is {value!r}: expected an int")
-        if value < 0:
-            raise ValueError(f"{name} is {value}: expected at least 0")
+    integer("sink", sink, 0)
+    integer("recent", recent, 0)
     if isinstance(keep, bool) or not isinstance(keep, (int, float, torch.SymInt)):
         raise TypeError(f"keep is {keep!r}: expected an int (tokens) or a float in (0, 1] (share)")
     if isinstance(keep, float):

@@ -96,9 +96,10 @@ def machine_code(kernel) -> dict:
     return {
         "compiled": True,
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
-        "shared": int(re.search(r"SHARED:(\d+)", usage).group(1)),
+        "shared": kernel.metadata.shared,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "loads_128": len(re.findall(r"\bLDG\.E[A-Z0-9.]*\.128", sass)),
+        "copies_128": len(re.findall(r"\bLDGSTS\.E[A-Z0-9.]*\.128", sass)),
         "loads": len(re.findall(r"\bLDG\b", sass)),
         "stores_128": len(re.findall(r"\bSTG\.E[A-Z0-9.]*\.128", sass)),
         "stores": len(re.findall(r"\bSTG\b", sass)),
@@ -118,6 +119,7 @@ def launch_scores(S, D, dtype):
     backend.keydiff_scores(keys, None, True, None, out)
     backend.keydiff_scores(keys, None, False, lengths, out)
     backend.keydiff_scores(keys, torch.empty(2, 4, D), False, None, out)
+    backend.key_norm_scores(keys, None, out)
 
 
 def launch_select(S):
@@ -129,6 +131,8 @@ def launch_select(S):
         out = torch.empty(2, 1 if shared else 4, n, dtype=torch.int64)
         extra = lengths if ragged else None
         backend.topk_indices(torch.empty(2, 4, S), extra, 1, 1, shared, extra, out)
+    backend.evict_slots(torch.empty(2, 4, S), 0, 0, None, torch.empty(2, 4, 1, dtype=torch.int64))
+    backend.pool_scores(torch.empty(2, 4, S), 5, True, torch.empty(2, 4, S))
 
 
 def launch_moves(S, D, dtype):
@@ -143,6 +147,29 @@ def launch_moves(S, D, dtype):
     backend.copy_rows(keys, values, slots, *cache(n, D, dtype))
 
 
+def launch_attention(S, D, dtype):
+    """The whole prompt, a short window and a decode step, with a group of 4."""
+    from kvevict.backends import triton as backend
+
+    keys, values = cache(S, D, dtype)
+    out = torch.empty(2, 4, S)
+    for W in {S, 1}:
+        queries, lse = torch.empty(2, 16, W, D, dtype=dtype), torch.empty(2, 16, W)
+        backend.attention_lse(queries, keys, 0.1, True, None, lse)
+        backend.attention_mass(queries, keys, lse, 0.1, True, "mean", True, None, out)
+    query = torch.empty(2, 16, 1, D, dtype=dtype)
+    used = torch.empty(2, 4, S, dtype=torch.int32)
+    result = torch.empty(2, 16, 1, D, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)
+    backend.decode_attention(query, keys, values, 0.1, None, out, 0.5, used, 7, 1e-3, result)
+
+
+def launch_mlp(S, M, dtype):
+    from kvevict.backends import triton as backend
+
+    hidden, w1, b1 = (torch.empty(*shape, dtype=dtype) for shape in ((2, S, M), (M // 2, M), (M // 2,)))
+    backend.mlp_scores(hidden, w1, b1, b1, b1[:1], torch.empty(2, S))
+
+
 def matrix(target: str) -> None:
     case: dict = {}
 
@@ -155,7 +182,14 @@ def matrix(target: str) -> None:
             case.update(D=D, dtype=str(dtype).removeprefix("torch."))
             launch_scores(4096, D, dtype)
             launch_moves(4096, D, dtype)
+    for D, dtype in (
+        (64, torch.bfloat16), (80, torch.bfloat16), (128, torch.bfloat16), (256, torch.bfloat16),
+        (576, torch.bfloat16), (128, torch.float8_e4m3fn), (128, torch.float32),
+    ):  # fmt: skip
+        case.update(D=D, dtype=str(dtype).removeprefix("torch."))
+        launch_attention(4096, D, dtype)
     case.clear()
+    launch_mlp(4096, 576, torch.bfloat16)
     launch_select(4096)
     launch_select(131072)
 
@@ -168,6 +202,8 @@ def variants(target: str) -> None:
         launch_scores(S, 128, torch.bfloat16)
         launch_select(S)
         launch_moves(S, 128, torch.bfloat16)
+        launch_attention(S, 128, torch.bfloat16)
+        launch_mlp(S, 576, torch.bfloat16)
     print(json.dumps({name: len(hashes) for name, hashes in compiled.items()}))
 
 

@@ -1,5 +1,6 @@
 """The public ops: end to end, bad input, torch.compile, custom-op checks, backends, the traps of the field."""
 
+import inspect
 import os
 import shutil
 import subprocess
@@ -136,7 +137,10 @@ def test_backends_have_one_interface():
     from kvevict.backends import reference, triton
 
     assert sorted(reference.__all__) == sorted(triton.__all__)
-    assert set(reference.__all__) == {"keydiff_scores", "topk_indices", "fill_holes", "move_rows", "copy_rows"}
+    assert {"keydiff_scores", "attention_mass", "topk_indices", "move_rows"} < set(reference.__all__)
+    for function in reference.__all__:
+        ours, theirs = (list(inspect.signature(getattr(b, function)).parameters) for b in (reference, triton))
+        assert ours == theirs, function
 
 
 def test_works_where_triton_cannot_be_imported():
@@ -155,6 +159,7 @@ assert c.keys.shape == (1, 2, 25, 16)
 def test_opcheck():
     keys, values = cache((2, 2, 20, 16, 16))
     scores = torch.randn(2, 2, 20, device=DEVICE)
+    queries, hidden = torch.randn(2, 4, 5, 16, device=DEVICE), torch.randn(2, 20, 16, device=DEVICE)
     indices = torch.arange(0, 20, 2, device=DEVICE).expand(2, 2, 10).contiguous()
     lengths = torch.tensor([20, 7], device=DEVICE)
     ops = torch.ops.kvevict
@@ -163,8 +168,21 @@ def test_opcheck():
         (ops.topk_indices.default, (scores, None, 1, 2, False, None, False, torch.zeros_like(indices))),
         (ops.fill_holes.default, (indices, 20, False, torch.zeros_like(indices))),
         (ops.move_rows.default, (keys, values, indices, True, False)),
+        (ops.key_norm_scores.default, (keys, lengths, torch.zeros(2, 2, 20, device=DEVICE))),
+        (ops.attention_lse.default, (queries, keys, 0.25, True, lengths, torch.zeros(2, 4, 5, device=DEVICE))),
+        (ops.attention_mass.default, (queries, keys, torch.zeros(2, 4, 5, device=DEVICE), 0.25, True, "mean", True,
+                                      lengths, False, torch.zeros(2, 2, 20, device=DEVICE))),
+        (ops.decode_attention.default, (queries[:, :, :1], keys, values, 0.25, None, scores.clone(), 0.5, None, 3, 0.1,
+                                        torch.zeros(2, 4, 1, 16, device=DEVICE))),
+        (ops.mlp_scores.default, (hidden, torch.randn(8, 16, device=DEVICE), hidden[0, 0, :8], hidden[0, 1, :8],
+                                  hidden[0, 2, :1], torch.zeros(2, 20, device=DEVICE))),
+        (ops.pool_scores.default, (scores, 5, True, torch.zeros_like(scores))),
+        (ops.evict_slots.default, (scores, 1, 1, lengths, torch.zeros_like(indices)[:, :, :3].contiguous())),
         (ops.copy_rows.default, (keys, values, indices, False, keys[:, :, :10].clone(), values[:, :, :10].clone())),
     ]
+    from kvevict.backends import reference
+
+    assert {op.name().partition("::")[2].partition(".")[0] for op, _ in calls} == set(reference.__all__)
     with kvevict.backend("reference"):
         for op, arguments in calls:
             torch.library.opcheck(op, arguments)

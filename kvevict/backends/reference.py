@@ -1,14 +1,30 @@
 """The definition of every op in plain torch, written to be read. It shares no code with the kernels.
 
-Shapes: keys [B, H, S, D], values [B, H, S, Dv], scores [B, H, S] float32, indices and slots [B, H, n] int64 with
--1 as padding, lengths [B] (tokens of each request) and keep_lengths [B] (how many of them it keeps), or None.
+Shapes: keys [B, H, S, D], values [B, H, S, Dv], queries [B, Hq, W, D], scores [B, H, S] float32, indices and slots
+[B, H, n] int64 with -1 as padding, lengths [B] (tokens of each request) and keep_lengths [B] (how many of them it
+keeps), or None.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["copy_rows", "fill_holes", "keydiff_scores", "move_rows", "topk_indices"]
+__all__ = [
+    "attention_lse",
+    "attention_mass",
+    "copy_rows",
+    "decode_attention",
+    "evict_slots",
+    "fill_holes",
+    "key_norm_scores",
+    "keydiff_scores",
+    "mlp_scores",
+    "move_rows",
+    "pool_scores",
+    "topk_indices",
+]
 
 
 def _inside(S: int, lengths: Tensor | None, device: torch.device) -> Tensor:
@@ -27,6 +43,128 @@ def keydiff_scores(keys: Tensor, anchor: Tensor | None, unit: bool, lengths: Ten
         anchor = total / inside.sum(2, keepdim=True)
     scores = -F.cosine_similarity(keys, anchor.float()[:, :, None], dim=-1, eps=1e-8)
     out.copy_(scores.masked_fill(~inside, float("-inf")))
+
+
+def key_norm_scores(keys: Tensor, lengths: Tensor | None, out: Tensor) -> None:
+    """-‖k_i‖; -inf beyond a row."""
+    inside = _inside(keys.shape[2], lengths, keys.device)
+    out.copy_((-keys.float().norm(dim=-1)).masked_fill(~inside, float("-inf")))
+
+
+def mlp_scores(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, out: Tensor) -> None:
+    """sigmoid(w2 · relu(W1 · h + b1) + b2); hidden [B, S, M], w1 [N, M], b1 [N], w2 [N], b2 [1], out [B, S]."""
+    hidden, w1, b1, w2, b2 = (x.float() for x in (hidden, w1, b1, w2, b2))
+    out.copy_(torch.sigmoid(F.relu(hidden @ w1.T + b1) @ w2 + b2))
+
+
+_LOGITS_AT_ONCE = 2**24  # 64 MiB of float32: the whole W × S never exists
+
+
+def _visible_logits(
+    queries: Tensor, keys: Tensor, scale: float, causal: bool, lengths: Tensor | None
+) -> Iterator[tuple[int, int, slice, Tensor]]:
+    """Request b, KV head h, a run of its queries, and their logits [G, run, length], -inf where a key is not seen.
+
+    Query w of a request is its token max(length - W, 0) + w; queries beyond its last token do not appear.
+    """
+    B, HQ, W, _ = queries.shape
+    H, S = keys.shape[1:3]
+    G = HQ // H
+    for b in range(B):
+        length = S if lengths is None else int(lengths[b])
+        offset, valid = max(length - W, 0), min(length, W)
+        run = max(_LOGITS_AT_ONCE // (G * length), 1)
+        for h in range(H):
+            key = keys[b, h, :length].float()
+            for begin in range(0, valid, run):
+                end = min(begin + run, valid)
+                logits = scale * (queries[b, h * G : h * G + G, begin:end].float() @ key.T)
+                if causal:
+                    positions = offset + torch.arange(begin, end, device=keys.device)
+                    later = torch.arange(length, device=keys.device) > positions[:, None]
+                    logits = logits.masked_fill(later, float("-inf"))
+                yield b, h, slice(begin, end), logits
+
+
+def attention_lse(
+    queries: Tensor, keys: Tensor, scale: float, causal: bool, lengths: Tensor | None, out: Tensor
+) -> None:
+    """ln Σ_i exp(scale · q·k_i) over the keys that a query sees; -inf for queries that are padding."""
+    G = queries.shape[1] // keys.shape[1]
+    out.fill_(float("-inf"))
+    for b, h, run, logits in _visible_logits(queries, keys, scale, causal, lengths):
+        out[b, h * G : h * G + G, run] = logits.logsumexp(-1)
+
+
+def attention_mass(
+    queries: Tensor,
+    keys: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    reduce: str,
+    count: bool,
+    lengths: Tensor | None,
+    out: Tensor,
+) -> None:
+    """The weights exp(logit - lse) that each key draws, reduced over queries and group ("square": the sum of their
+    squares); count: over the queries that see the key, instead of all (mean) or as a divisor (sum, square)."""
+    (B, HQ, W, _), (H, S) = queries.shape, keys.shape[1:3]
+    G = HQ // H
+    out.zero_()
+    for b, h, run, logits in _visible_logits(queries, keys, scale, causal, lengths):
+        weights = (logits - lse[b, h * G : h * G + G, run, None]).exp()
+        row = out[b, h, : logits.shape[-1]]
+        if reduce == "max":
+            row.copy_(torch.maximum(row, weights.amax((0, 1))))
+        else:
+            row.add_((weights.square() if reduce == "square" else weights).sum((0, 1)))
+    length = torch.full((B, 1, 1), S, device=keys.device) if lengths is None else lengths[:, None, None]
+    valid = length.clamp(max=W)
+    seen_by = (length - torch.arange(S, device=keys.device)).clamp(min=1).minimum(valid) if causal else valid
+    if reduce == "mean":
+        out.div_((seen_by if count else valid) * G)
+    elif count:
+        out.div_(seen_by)
+    out.masked_fill_(~_inside(S, lengths, keys.device), float("-inf"))
+
+
+def decode_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    lengths: Tensor | None,
+    mass: Tensor | None,
+    decay: float,
+    last_used: Tensor | None,
+    step: int,
+    threshold: float,
+    out: Tensor,
+) -> None:
+    """softmax(scale · q·K) · V for one query per head; with w the weights' mean over the group, mass ← decay · mass + w,
+    and last_used ← step where w reaches the threshold."""
+    G = queries.shape[1] // keys.shape[1]
+    for b, h, _, logits in _visible_logits(queries, keys, scale, False, lengths):
+        weights = logits[:, 0].softmax(-1)
+        length = weights.shape[-1]
+        out[b, h * G : h * G + G, 0] = (weights @ values[b, h, :length].float()).to(out.dtype)
+        weight = weights.mean(0)
+        if mass is not None:
+            mass[b, h, :length].mul_(decay).add_(weight)
+        if last_used is not None:
+            last_used[b, h, :length].masked_fill_(weight >= threshold, step)
+
+
+def pool_scores(scores: Tensor, kernel_size: int, average: bool, out: Tensor) -> None:
+    """Average or maximum of kernel_size neighbours. Where scores are -inf there is no token: padding, and it stays."""
+    padding = scores == float("-inf")
+    if average:
+        filled = scores.masked_fill(padding, 0.0)
+        pooled = F.avg_pool1d(filled, kernel_size, stride=1, padding=kernel_size // 2)
+    else:
+        pooled = F.max_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
+    out.copy_(pooled.masked_fill(padding, float("-inf")))
 
 
 def topk_indices(
@@ -62,6 +200,21 @@ def topk_indices(
 
     chosen = order[..., :n].masked_fill(torch.arange(n, device=scores.device) >= kept, S).sort(-1)[0]
     out.copy_(chosen.masked_fill(chosen == S, -1))
+
+
+def evict_slots(scores: Tensor, sink: int, recent: int, lengths: Tensor | None, out: Tensor) -> None:
+    """Per row: the tokens that keeping the others leaves out; in ascending order, -1 where too few are unprotected."""
+    B, H, S = scores.shape
+    out.fill_(-1)
+    for b in range(B):
+        length = S if lengths is None else int(lengths[b])
+        first, last = min(sink, length), max(length - recent, min(sink, length))
+        count = min(out.shape[2], last - first)
+        for h in range(H):
+            row = scores[b, h, first:last]
+            order = row.masked_fill(row.isnan(), 0.0).sort(descending=True, stable=True)[1]
+            order = order[row[order].isnan().int().sort(stable=True)[1]]  # NaN behind -inf
+            out[b, h, :count] = first + order[len(order) - count :].sort()[0]
 
 
 def fill_holes(indices: Tensor, out: Tensor) -> None:

@@ -1,7 +1,25 @@
 """The Triton backend: the launchers of kvevict.kernels under the interface's names."""
 
 from kvevict.kernels.compact_kv import copy_rows, fill_holes, move_rows
+from kvevict.kernels.decode_attention import decode_attention
+from kvevict.kernels.pool_scores import pool_scores
+from kvevict.kernels.score_attention import attention_lse, attention_mass
 from kvevict.kernels.score_keydiff import keydiff_scores
-from kvevict.kernels.select_topk import topk_indices
+from kvevict.kernels.score_mlp import mlp_scores
+from kvevict.kernels.score_norm import key_norm_scores
+from kvevict.kernels.select_topk import evict_slots, topk_indices
 
-__all__ = ["copy_rows", "fill_holes", "keydiff_scores", "move_rows", "topk_indices"]
+__all__ = [
+    "attention_lse",
+    "attention_mass",
+    "copy_rows",
+    "decode_attention",
+    "evict_slots",
+    "fill_holes",
+    "key_norm_scores",
+    "keydiff_scores",
+    "mlp_scores",
+    "move_rows",
+    "pool_scores",
+    "topk_indices",
+]

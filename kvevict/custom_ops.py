@@ -1,0 +1,133 @@
+"""The torch custom ops `torch.ops.kvevict.*`: each stage fills or mutates the tensors it is given and returns nothing,
+so that torch.compile traces through and a fake has nothing to do. They run the picked backend on valid inputs; what is
+left to check here needs the tensors' values or addresses. `trusted`: an earlier op has checked the values."""
+
+from __future__ import annotations
+
+import torch
+
+from kvevict import validate
+from kvevict.backends import pick
+
+_library = torch.library.Library("kvevict", "DEF")
+
+
+def _custom_op(schema: str):
+    """Register a function as the op `schema` for every device, with a fake that does nothing: ops return nothing."""
+
+    def register(function):
+        _library.define(schema)
+        name = schema.partition("(")[0]
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"kvevict::{name}", lambda *args: None, lib=_library)
+        return function
+
+    return register
+
+
+def _run(name: str, device: torch.device, *args) -> None:
+    """Call the backend's function with `device` current: Triton launches on the current device."""
+    function = getattr(pick(device), name)
+    if device.type == "cpu":
+        return function(*args)
+    module = torch.get_device_module(device)
+    if module.current_device() == device.index:
+        return function(*args)
+    with module.device(device):
+        return function(*args)
+
+
+@_custom_op("keydiff_scores(Tensor keys, Tensor? anchor, bool unit, Tensor? lengths, Tensor(a!) out) -> ()")
+def _keydiff_scores_op(keys, anchor, unit, lengths, out):
+    validate.lengths_within(lengths, keys.shape[2])
+    _run("keydiff_scores", keys.device, keys, anchor, unit, lengths, out)
+
+
+@_custom_op(
+    "topk_indices(Tensor scores, Tensor? keep_lengths, SymInt sink, SymInt recent, bool shared, Tensor? lengths, "
+    "bool trusted, Tensor(a!) out) -> ()"
+)
+def _topk_indices_op(scores, keep_lengths, sink, recent, shared, lengths, trusted, out):
+    if not trusted:
+        validate.lengths_within(lengths, scores.shape[2])
+    _run("topk_indices", scores.device, scores, keep_lengths, sink, recent, shared, lengths, out)
+
+
+@_custom_op("fill_holes(Tensor indices, SymInt S, bool trusted, Tensor(a!) out) -> ()")
+def _fill_holes_op(indices, S, trusted, out):
+    if not trusted:
+        validate.indices_ascend(indices, S)
+    _run("fill_holes", indices.device, indices, out)
+
+
+@_custom_op("move_rows(Tensor(a!) keys, Tensor(b!) values, Tensor slots, bool ordered, bool trusted) -> ()")
+def _move_rows_op(keys, values, slots, ordered, trusted):
+    validate.no_internal_overlap("keys", keys)
+    validate.no_internal_overlap("values", values)
+    validate.no_mutual_overlap(keys, values)
+    if not trusted:
+        validate.indices_ascend(slots, keys.shape[2])
+    _run("move_rows", keys.device, keys, values, slots, ordered)
+
+
+@_custom_op(
+    "copy_rows(Tensor keys, Tensor values, Tensor slots, bool trusted, Tensor(a!) out_keys, Tensor(b!) out_values) "
+    "-> ()"
+)
+def _copy_rows_op(keys, values, slots, trusted, out_keys, out_values):
+    if not trusted:
+        validate.indices_ascend(slots, keys.shape[2])
+    _run("copy_rows", keys.device, keys, values, slots, out_keys, out_values)
+
+
+@_custom_op("key_norm_scores(Tensor keys, Tensor? lengths, Tensor(a!) out) -> ()")
+def _key_norm_scores_op(keys, lengths, out):
+    validate.lengths_within(lengths, keys.shape[2])
+    _run("key_norm_scores", keys.device, keys, lengths, out)
+
+
+@_custom_op("mlp_scores(Tensor hidden, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor(a!) out) -> ()")
+def _mlp_scores_op(hidden, w1, b1, w2, b2, out):
+    _run("mlp_scores", hidden.device, hidden, w1, b1, w2, b2, out)
+
+
+@_custom_op(
+    "attention_lse(Tensor queries, Tensor keys, float scale, bool causal, Tensor? lengths, Tensor(a!) out) -> ()"
+)
+def _attention_lse_op(queries, keys, scale, causal, lengths, out):
+    validate.lengths_within(lengths, keys.shape[2])
+    _run("attention_lse", keys.device, queries, keys, scale, causal, lengths, out)
+
+
+@_custom_op(
+    "attention_mass(Tensor queries, Tensor keys, Tensor lse, float scale, bool causal, str reduce, bool count, "
+    "Tensor? lengths, bool trusted, Tensor(a!) out) -> ()"
+)
+def _attention_mass_op(queries, keys, lse, scale, causal, reduce, count, lengths, trusted, out):
+    if not trusted:
+        validate.lengths_within(lengths, keys.shape[2])
+    _run("attention_mass", keys.device, queries, keys, lse, scale, causal, reduce, count, lengths, out)
+
+
+@_custom_op(
+    "decode_attention(Tensor queries, Tensor keys, Tensor values, float scale, Tensor? lengths, Tensor(a!)? mass, "
+    "float decay, Tensor(b!)? last_used, SymInt step, float threshold, Tensor(c!) out) -> ()"
+)
+def _decode_attention_op(queries, keys, values, scale, lengths, mass, decay, last_used, step, threshold, out):
+    for name, tracked in (("mass", mass), ("last_used", last_used)):
+        if tracked is not None:
+            validate.no_internal_overlap(name, tracked)
+    validate.lengths_within(lengths, keys.shape[2])
+    arguments = (queries, keys, values, scale, lengths, mass, decay, last_used, step, threshold, out)
+    _run("decode_attention", keys.device, *arguments)
+
+
+@_custom_op("pool_scores(Tensor scores, SymInt kernel_size, bool average, Tensor(a!) out) -> ()")
+def _pool_scores_op(scores, kernel_size, average, out):
+    _run("pool_scores", scores.device, scores, kernel_size, average, out)
+
+
+@_custom_op("evict_slots(Tensor scores, SymInt sink, SymInt recent, Tensor? lengths, Tensor(a!) out) -> ()")
+def _evict_slots_op(scores, sink, recent, lengths, out):
+    validate.lengths_within(lengths, scores.shape[2])
+    _run("evict_slots", scores.device, scores, sink, recent, lengths, out)

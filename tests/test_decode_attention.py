@@ -1,0 +1,194 @@
+"""decode_attention: the output of scaled_dot_product_attention, and a true account of what each token was used for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import both, cache, name
+from conftest import DEVICE, HAS_GPU
+
+import kvevict
+
+SHAPES = [(2, 2, 70, 64, 64), (1, 2, 1300, 64, 32), (1, 1, 300, 80, 80), (1, 1, 100, 576, 512), (1, 1, 1, 128, 128)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def query(shape, G, dtype, seed=5):
+    B, H, _, D, _ = shape
+    return cache((B, H * G, 1, D, D), dtype, seed=seed)[0]
+
+
+def dense(q, k, v):
+    """(output [B, Hq, 1, Dv], weights averaged over the group [B, H, S]) in float64."""
+    B, HQ, _, D = q.shape
+    H = k.shape[1]
+    q, k, v = (x.to(torch.float32).double() for x in (q, k, v))
+    w = (q.view(B, H, HQ // H, D) @ k.transpose(-1, -2) / D**0.5).softmax(-1)
+    return (w @ v).view(B, HQ, 1, -1), w.mean(2)
+
+
+@pytest.mark.parametrize("G", [1, 4, 20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+def test_equals_attention_written_out(shape, dtype, G):
+    keys, values = cache(shape, dtype)
+    q = query(shape, G, dtype)
+    expected, weight = dense(q, keys, values)
+    resolution = {torch.float32: 1e-6, torch.float16: 1e-3}.get(dtype, 8e-3)
+
+    def run():
+        mass = torch.full(keys.shape[:3], 2.0, device=DEVICE)
+        used = torch.full(keys.shape[:3], -1, dtype=torch.int32, device=DEVICE)
+        return kvevict.decode_attention(q, keys, values, mass=mass, decay=0.5, last_used=used, step=7), mass, used
+
+    for out, mass, used in both(run):
+        assert out.shape == expected.shape
+        assert out.dtype == (torch.bfloat16 if dtype.itemsize == 1 else dtype)
+        torch.testing.assert_close(out.double(), expected, rtol=2 * resolution, atol=2 * resolution)
+        torch.testing.assert_close(mass.double(), 1 + weight, rtol=1e-5, atol=0)
+        clear = (weight - 1e-3).abs() > 1e-6
+        assert torch.equal((used == 7)[clear], (weight >= 1e-3)[clear]) and ((used == 7) | (used == -1)).all()
+
+
+def test_equals_sdpa_through_strides():
+    keys, values = cache((2, 2, 90, 64, 64), torch.bfloat16, "BSHD")
+    q = cache((2, 6, 1, 64, 64), torch.bfloat16, "BSHD", seed=3)[0]
+    expected = F.scaled_dot_product_attention(q.float(), keys.float(), values.float(), enable_gqa=True)
+    for out in both(lambda: kvevict.decode_attention(q, keys, values)):
+        torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_only_tokens_of_the_request_are_touched():
+    keys, values = cache((3, 2, 600, 32, 32))
+    q = query((3, 2, 600, 32, 32), 2, torch.float32)
+    lengths = torch.tensor([600, 1, 257], device=DEVICE)
+    for b, length in enumerate(lengths.tolist()):
+        keys[b, :, length:], values[b, :, length:] = float("nan"), float("nan")
+
+    def run():
+        mass = torch.ones(3, 2, 600, device=DEVICE)
+        used = torch.full((3, 2, 600), -1, dtype=torch.int32, device=DEVICE)
+        out = kvevict.decode_attention(
+            q, keys, values, lengths=lengths, mass=mass, last_used=used, step=3, threshold=0.0
+        )
+        return out, mass, used
+
+    for out, mass, used in both(run):
+        for b, length in enumerate(lengths.tolist()):
+            expected, weight = dense(q[b : b + 1], keys[b : b + 1, :, :length], values[b : b + 1, :, :length])
+            torch.testing.assert_close(out[b : b + 1].double(), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(mass[b : b + 1, :, :length].double(), 1 + weight, rtol=1e-5, atol=0)
+            assert (mass[b, :, length:] == 1).all() and (used[b, :, length:] == -1).all()
+            assert (used[b, :, :length] == 3).all()
+
+
+def test_tracking_one_of_the_two():
+    keys, values = cache((1, 2, 40, 16, 16))
+    q = query((1, 2, 40, 16, 16), 2, torch.float32)
+    storage = torch.ones(1, 2, 50, device=DEVICE)
+    for backend in ("reference", "triton"):
+        with kvevict.backend(backend):
+            plain = kvevict.decode_attention(q, keys, values)
+            storage.fill_(1)
+            assert torch.equal(kvevict.decode_attention(q, keys, values, mass=storage[:, :, :40]), plain)
+            assert (storage[:, :, 40:] == 1).all() and (storage[:, :, :40] > 1).all()
+            used = torch.zeros(1, 2, 40, dtype=torch.int32, device=DEVICE)
+            kvevict.decode_attention(q, keys, values, last_used=used, step=9, threshold=0.05)
+            assert 0 < (used == 9).sum() < 80
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_200_steps(backend):
+    """A growing cache in a fixed buffer: output, accumulated mass and the LRU victims of every step."""
+    B, H, G, D, start, steps = 2, 2, 3, 16, 40, 200 if backend == "reference" else 60
+    capacity = start + steps
+    keys, values = cache((B, H, capacity, D, D), torch.float32)
+    queries = cache((B, H * G, steps, D, D), torch.float32, seed=9)[0] * 2
+    mass = torch.zeros(B, H, capacity, device=DEVICE)
+    used = torch.full((B, H, capacity), -1, dtype=torch.int32, device=DEVICE)
+    lengths = torch.full((B,), start, dtype=torch.int32, device=DEVICE)
+    expected_mass = torch.zeros(B, H, capacity, dtype=torch.float64, device=DEVICE)
+    last_used = [[{} for _ in range(H)] for _ in range(B)]  # plain Python: token -> step
+    with kvevict.backend(backend):
+        for step in range(steps):
+            lengths += 1
+            n = start + step + 1
+            q = queries[:, :, step : step + 1]
+            out = kvevict.decode_attention(
+                q, keys, values, lengths=lengths, mass=mass, decay=0.99, last_used=used, step=step, threshold=0.02
+            )
+            expected, weight = dense(q, keys[:, :, :n], values[:, :, :n])
+            torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+            expected_mass *= 0.99
+            expected_mass[:, :, :n] += weight
+            for b in range(B):
+                for h in range(H):
+                    for token in (weight[b, h] >= 0.02).nonzero().flatten().tolist():
+                        last_used[b][h][token] = step
+            if step % 20 == 19:
+                recency = torch.where(used >= 0, used, torch.arange(capacity, device=DEVICE) - capacity).float()
+                victims = kvevict.evict_slots(recency, 5, lengths=lengths)
+                for b in range(B):
+                    for h in range(H):
+                        known = last_used[b][h]  # never used: the oldest first; equal steps: the later token first
+                        order = sorted(range(n), key=lambda t, k=known: (k.get(t, -1), -t if t in k else t))
+                        assert victims[b, h].tolist() == sorted(order[:5])
+    torch.testing.assert_close(mass.double(), expected_mass, rtol=1e-5, atol=1e-7)
+
+
+BAD = {
+    "queries two": dict(queries=torch.randn(1, 2, 2, 16)),
+    "mass shape": dict(mass=torch.zeros(1, 2, 9)),
+    "mass dtype": dict(mass=torch.zeros(1, 2, 10).half()),
+    "mass shares memory": dict(mass=torch.zeros(1, 1, 10).expand(1, 2, 10)),
+    "last_used dtype": dict(last_used=torch.zeros(1, 2, 10), step=1),
+    "step missing": dict(last_used=torch.zeros(1, 2, 10, dtype=torch.int32)),
+    "step -1": dict(step=-1),
+    "decay 2": dict(decay=2.0),
+    "threshold text": dict(threshold="1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_and_nothing_is_written(case):
+    arguments = dict(queries=torch.randn(1, 2, 1, 16), keys=torch.randn(1, 2, 10, 16), values=torch.randn(1, 2, 10, 16),
+                     mass=torch.zeros(1, 2, 10)) | BAD[case]  # fmt: skip
+    if HAS_GPU and case == "mass shares memory":
+        arguments["mass"] = torch.zeros(1, 1, 10, device=DEVICE).expand(1, 2, 10)
+    arguments = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    for backend in ("reference", "triton"):
+        with kvevict.backend(backend), pytest.raises((TypeError, ValueError), match=case.split()[0]):
+            kvevict.decode_attention(**arguments)
+    assert (arguments["mass"] == 0).all()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile_traces_it_whole(dynamic):
+    def step(q, keys, values, mass, lengths):
+        out = kvevict.decode_attention(q, keys, values, lengths=lengths, mass=mass, decay=0.9)
+        scores = kvevict.combine_scores([(0.5, kvevict.attention_mass(q, keys, lengths=lengths)), (0.5, mass)])
+        return out, kvevict.evict_slots(kvevict.pool_scores(scores, 3), 2, lengths=lengths)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for S in (40, 56):
+        keys, values = cache((2, 2, S, 16, 16), seed=S)
+        q = query((2, 2, S, 16, 16), 2, torch.float32)
+        lengths = torch.tensor([S, 9], device=DEVICE)
+        masses = [torch.rand(2, 2, S, generator=torch.Generator().manual_seed(1)).to(DEVICE) for _ in range(2)]
+        expected, got = step(q, keys, values, masses[0], lengths), compiled(q, keys, values, masses[1], lengths)
+        assert all(torch.equal(a, b) for a, b in zip((*expected, masses[0]), (*got, masses[1]), strict=True))
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    keys, values = cache((1, 8, 5000, 128, 128), torch.bfloat16)
+    q = query((1, 8, 5000, 128, 128), 4, torch.bfloat16)
+    mass = torch.zeros(1, 8, 5000, device=DEVICE)
+    expected = kvevict.decode_attention(q, keys, values, mass=mass)
+    once = mass.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kvevict.decode_attention(q, keys, values, mass=mass)
+    mass.zero_(), out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected) and torch.equal(mass, once)

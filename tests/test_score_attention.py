@@ -1,0 +1,228 @@
+"""Attention mass and LSE: both backends equal softmax written out in float64, in every option, shape and dtype."""
+
+import pytest
+import torch
+from cases import both, cache, name
+from conftest import DEVICE, HAS_GPU
+
+import kvevict
+
+# (B, H, S, D), query heads per KV head, queries: odd sizes, tiles that are not full, one query, the whole prompt
+SHAPES = [((2, 2, 70, 64), 3, 70), ((1, 2, 300, 64), 4, 33), ((1, 1, 1300, 80), 1, 1), ((1, 1, 100, 576), 2, 20),
+          ((1, 2, 1, 128), 2, 1), ((1, 1, 130, 256), 5, 7), ((1, 1, 260, 128), 1, 260), ((1, 1, 40, 24), 2, 9)]  # fmt: skip
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def inputs(shape, G, W, dtype=torch.float32, layout="BHSD"):
+    B, H, S, D = shape
+    keys, _ = cache((B, H, S, D, D), dtype, layout)
+    queries, _ = cache((B, H * G, W, D, D), dtype, layout, seed=1)
+    return queries, keys
+
+
+def weights(queries, keys, scale=None, causal=True):
+    """softmax(scale · QKᵀ) of one request, [H, G, W, S], in float64."""
+    _, HQ, W, D = queries.shape
+    H, S = keys.shape[1:3]
+    queries = queries[0].to(torch.float32).double().view(H, HQ // H, W, D)
+    logits = queries @ keys[0].to(torch.float32).double()[:, None].transpose(-1, -2) * (scale or D**-0.5)
+    if causal:
+        later = torch.arange(S, device=keys.device) > (S - W + torch.arange(W, device=keys.device))[:, None]
+        logits = logits.masked_fill(later, float("-inf"))
+    return logits.softmax(-1), logits.logsumexp(-1)
+
+
+def reduced(w, reduce, normalize, causal=True):
+    H, G, W, S = w.shape
+    seen_by = torch.full((S,), W, device=w.device)
+    if causal:
+        seen_by = (S - torch.arange(S, device=w.device)).clamp(max=W)
+    if reduce == "max":
+        return w.amax((1, 2))
+    total = (w * w if reduce == "square" else w).sum((1, 2))
+    if reduce == "mean":
+        return total / (seen_by if normalize else W) / G
+    return total / seen_by if normalize else total
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("shape, G, W", SHAPES, ids=name)
+def test_equals_softmax_written_out(shape, G, W, dtype):
+    queries, keys = inputs(shape, G, W, dtype)
+    relative = 1e-5 if dtype == torch.float32 else 1e-3
+    for b in range(shape[0]):
+        w, lse = weights(queries[b : b + 1], keys[b : b + 1])
+        for got in both(lambda: kvevict.attention_lse(queries, keys)):
+            assert got.dtype == torch.float32 and got.shape == queries.shape[:3]
+            torch.testing.assert_close(got[b].double(), lse.flatten(0, 1), rtol=relative, atol=1e-5)
+        for got in both(lambda: kvevict.attention_mass(queries, keys)):
+            assert got.dtype == torch.float32 and got.shape == keys.shape[:3]
+            torch.testing.assert_close(got[b].double(), reduced(w, "mean", None), rtol=relative, atol=0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max", "square"])
+def test_options(reduce, causal):
+    queries, keys = inputs((1, 2, 150, 64), 2, 40, torch.bfloat16)
+    for normalize in (None,) if reduce == "max" else (None, "count"):
+        w, lse = weights(queries, keys, 0.3, causal)
+        for given in (None, lse.flatten(0, 1)[None].float()):
+            options = dict(scale=0.3, causal=causal, reduce=reduce, normalize=normalize, lse=given)
+            for got in both(lambda options=options: kvevict.attention_mass(queries, keys, **options)):
+                expected = reduced(w, reduce, normalize, causal)
+                torch.testing.assert_close(got[0].double(), expected, rtol=1e-4, atol=0)
+
+
+def test_by_hand():
+    """Two keys, two queries, logits ln 3 and 0: the last query gives 3/4 and 1/4, the first sees only its own key."""
+    keys = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]], device=DEVICE)
+    queries = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]], device=DEVICE) * torch.log(torch.tensor(3.0))
+    for reduce, normalize, expected in [
+        ("sum", None, [1.75, 0.25]), ("mean", None, [0.875, 0.125]), ("max", None, [1.0, 0.25]),
+        ("square", None, [1.5625, 0.0625]), ("sum", "count", [0.875, 0.25]), ("mean", "count", [0.875, 0.25]),
+    ]:  # fmt: skip
+        options = dict(scale=1, reduce=reduce, normalize=normalize)
+        for got in both(lambda o=options: kvevict.attention_mass(queries, keys, **o)):
+            torch.testing.assert_close(got[0, 0], torch.tensor(expected, device=DEVICE))
+
+
+@pytest.mark.parametrize("W", [1, 20, 90])
+def test_ragged_requests_are_as_if_alone(W):
+    """A request's queries are its last W; one shorter than W has its own queries first, and padding behind them."""
+    queries, keys = inputs((3, 2, 90, 64), 2, W)
+    lengths = torch.tensor([1, 90, 37], dtype=torch.int32, device=DEVICE)
+    for b, length in enumerate(lengths.tolist()):
+        keys[b, :, length:] = float("nan")
+        queries[b, :, length:] = float("nan")
+    for options in (dict(), dict(normalize="count"), dict(causal=False), dict(reduce="sum")):
+        for got in both(lambda o=options: kvevict.attention_mass(queries, keys, lengths=lengths, **o)):
+            for b, length in enumerate(lengths.tolist()):
+                q, k = queries[b : b + 1, :, :length], keys[b : b + 1, :, :length]
+                alone = kvevict.attention_mass(q, k, **options)
+                torch.testing.assert_close(got[b : b + 1, :, :length], alone, atol=1e-6, rtol=1e-5)
+                assert (got[b, :, length:] == float("-inf")).all()
+    for got in both(lambda: kvevict.attention_lse(queries, keys, lengths=lengths)):
+        for b, length in enumerate(lengths.tolist()):
+            assert (got[b, :, length:] == float("-inf")).all() and got[b, :, : min(length, W)].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", ["BSHD", "sliced"])
+def test_strides_do_not_matter(layout):
+    (q, k), (queries, keys) = (inputs((2, 2, 77, 64), 3, 77, torch.bfloat16, which) for which in ("BHSD", layout))
+    for a, b in zip(*(both(lambda x=x: kvevict.attention_mass(*x)) for x in ((q, k), (queries, keys))), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_window_of_a_longer_lse_is_taken_as_it_is():
+    queries, keys = inputs((1, 2, 60, 64), 2, 60)
+    lse = kvevict.attention_lse(queries, keys)
+    whole = kvevict.attention_mass(queries[:, :, -8:], keys)
+    for got in both(lambda: kvevict.attention_mass(queries[:, :, -8:], keys, lse=lse[:, :, -8:])):
+        torch.testing.assert_close(got, whole)
+
+
+def test_large_logits_neither_overflow_nor_vanish():
+    queries, keys = inputs((1, 1, 64, 64), 1, 64)
+    keys *= 40
+    w, _ = weights(queries, keys)
+    for got in both(lambda: kvevict.attention_mass(queries, keys)):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got[0].double(), reduced(w, "mean", None), rtol=1e-3, atol=1e-6)
+
+
+def test_nan_key_spoils_only_its_head():
+    queries, keys = inputs((1, 2, 50, 64), 2, 10)
+    keys[0, 0, 7, 3] = float("nan")
+    for got in both(lambda: kvevict.attention_mass(queries, keys)):
+        assert got[0, 0].isnan().all() and got[0, 1].isfinite().all()
+
+
+def test_same_input_same_bytes():
+    queries, keys = inputs((1, 2, 1100, 64), 2, 16, torch.bfloat16)
+    with kvevict.backend("triton"):
+        first, again = (kvevict.attention_mass(queries.clone(), keys.clone()) for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_no_matrix_of_queries_by_keys_is_allocated(monkeypatch):
+    """The largest tensor that an op asks for holds splits · B · Hq · W or B · H · S numbers."""
+    largest, empty = [0], torch.empty
+
+    def watched(*arguments, **options):
+        result = empty(*arguments, **options)
+        largest[0] = max(largest[0], result.numel())
+        return result
+
+    queries, keys = inputs((1, 1, 2048, 16), 1, 64)
+    monkeypatch.setattr(torch, "empty", watched)
+    with kvevict.backend("triton"):
+        kvevict.attention_mass(queries, keys)
+    assert 0 < largest[0] <= 4 * 64
+
+
+def test_attention_compact_is_its_stages():
+    queries, keys = inputs((2, 2, 130, 64), 2, 24, torch.bfloat16, "BSHD")
+    values = keys.clone()
+    lengths = torch.tensor([130, 61], device=DEVICE)
+    for backend in ("reference", "triton"):
+        with kvevict.backend(backend):
+            scores = kvevict.attention_mass(queries, keys, reduce="sum", normalize="count", lengths=lengths)
+            scores = kvevict.pool_scores(scores, 5)
+            indices = kvevict.topk_indices(scores, 0.4, sink=2, recent=24, heads="shared", lengths=lengths)
+            got = kvevict.attention_compact(
+                queries, keys, values, keep=0.4, reduce="sum", normalize="count", pool=5, sink=2, recent=24,
+                heads="shared", lengths=lengths, inplace=False,
+            )  # fmt: skip
+            assert torch.equal(got.indices, indices) and got.lengths.tolist() == [52, 24]
+            expected = kvevict.compact(keys, values, indices, inplace=False)
+            assert torch.equal(got.keys, expected.keys) and torch.equal(got.values, expected.values)
+
+
+X = torch.randn(1, 2, 10, 16)
+BAD = {
+    "queries heads": dict(queries=torch.randn(1, 3, 4, 16)),
+    "queries W": dict(queries=torch.randn(1, 2, 11, 16)),
+    "queries head_dim": dict(queries=torch.randn(1, 2, 4, 8)),
+    "queries batch": dict(queries=torch.randn(2, 2, 4, 16)),
+    "queries dtype": dict(queries=torch.randn(1, 2, 4, 16).half()),
+    "queries list": dict(queries=[1.0]),
+    "scale nan": dict(scale=float("nan")),
+    "scale text": dict(scale="1"),
+    "lse shape": dict(lse=torch.randn(1, 2, 5)),
+    "lse dtype": dict(lse=torch.randn(1, 2, 4).half()),
+    "reduce median": dict(reduce="median"),
+    "normalize sum": dict(normalize="sum"),
+    "normalize max": dict(normalize="count", reduce="max"),
+    "lengths shape": dict(lengths=torch.tensor([5, 5])),
+}
+if not HAS_GPU:
+    BAD["lengths 11"] = dict(lengths=torch.tensor([11]))
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case):
+    arguments = dict(queries=torch.randn(1, 2, 4, 16), keys=X) | BAD[case]
+    arguments = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    for backend in ("reference", "triton"):
+        with kvevict.backend(backend), pytest.raises((TypeError, ValueError), match=case.split()[0]):
+            kvevict.attention_mass(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("S", [8192, 32768])
+def test_whole_prompts_equal_the_reference(S):
+    queries, keys = inputs((1, 2, S, 128), 4, S, torch.bfloat16)
+    reference, kernel = both(lambda: kvevict.attention_mass(queries, keys))
+    torch.testing.assert_close(kernel, reference, rtol=1e-3, atol=0)
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    queries, keys = inputs((1, 4, 5000, 128), 4, 64, torch.bfloat16)
+    expected = kvevict.attention_mass(queries, keys)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = kvevict.attention_mass(queries, keys)
+    got.zero_()
+    graph.replay()
+    assert torch.equal(got, expected)
