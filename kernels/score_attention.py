@@ -216,7 +216,7 @@ def attention_mass_kernel(
         mass = tl.sum(sums, 1)
     count = valid + tl.zeros([BLOCK_S], tl.int32)  # queries that see a key
     if CAUSAL:
-        count = tl.minimum(length - tokens, count)
+        count = tl.maximum(tl.minimum(length - tokens, count), 1)
     if REDUCE == "mean":
         mass = mass / ((count if COUNT else valid) * G).to(tl.float32)
     elif COUNT:

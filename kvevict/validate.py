@@ -90,7 +90,7 @@ def softmax_scale(value: object, head_dim: int) -> float:
 def number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r}: expected a number")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # NaN is neither; torch.compile cannot trace math.isfinite
         raise ValueError(f"{name} is {value}: expected a finite number")
     return float(value)
 

@@ -1,0 +1,31 @@
+"""What is worth keeping: policies give scores and protection, budgets the number of tokens per layer, a Tracker notes
+what decoding does with each token."""
+
+from kvevict.policies.attention import TOVA, AttentionMass, SnapKV
+from kvevict.policies.base import Policy
+from kvevict.policies.budgets import Budget, Pyramid, Uniform
+from kvevict.policies.keys import KeyDiff, KeyNorm
+from kvevict.policies.learned import Learned
+from kvevict.policies.mixture import Hybrid
+from kvevict.policies.observed import Observed
+from kvevict.policies.order import LRU, Random, Recency
+from kvevict.policies.tracker import Tracker
+
+__all__ = [
+    "LRU",
+    "TOVA",
+    "AttentionMass",
+    "Budget",
+    "Hybrid",
+    "KeyDiff",
+    "KeyNorm",
+    "Learned",
+    "Observed",
+    "Policy",
+    "Pyramid",
+    "Random",
+    "Recency",
+    "SnapKV",
+    "Tracker",
+    "Uniform",
+]

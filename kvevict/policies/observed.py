@@ -1,0 +1,69 @@
+"""What a policy may look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvevict import ops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """What is known of one layer's cache. Only `keys` are always there; a policy's `needs` names what it reads beside.
+
+    S cached tokens of B requests, H KV heads, Hq query heads.
+    """
+
+    keys: Tensor  # [B, H, S, D]
+    queries: Tensor | None = None  # [B, Hq, W, D]: the last W of the sequence, as in kvevict.ops
+    lse: Tensor | None = None  # [B, Hq, W] float32 of those queries, where attention has left it
+    mass: Tensor | None = None  # [B, H, S] float32: attention that each token drew so far, mean over the group
+    last_used: Tensor | None = None  # [B, H, S] int32: step at which it was last used, negative for never
+    hidden: Tensor | None = None  # [B, S, M]: the hidden states that entered the layer's attention
+    positions: Tensor | None = None  # [B, H, S] int64: position in the sequence; None: 0 to S - 1
+    tokens_seen: Tensor | None = None  # [B] int64: length of the sequence so far; None: S
+    lengths: Tensor | None = None  # [B]: valid tokens of each request
+    layer: int = 0
+
+    def order(self) -> Tensor:
+        """[B, H, S] float32: the tokens' positions; exact up to 2^24."""
+        if self.positions is not None:
+            return self.positions.float()
+        B, H, S = self.keys.shape[:3]
+        return torch.arange(S, dtype=torch.float32, device=self.keys.device).expand(B, H, S)
+
+    def sequence_length(self) -> Tensor | int:
+        """[B, 1, 1] or an int: tokens seen so far, evicted ones among them."""
+        for seen in (self.tokens_seen, self.lengths):
+            if seen is not None:
+                return seen[:, None, None]
+        return self.keys.shape[2]
+
+    def padding(self) -> Tensor | bool:
+        """[B, 1, S] bool: which slots hold no token; False if every slot holds one."""
+        if self.lengths is None:
+            return False
+        return torch.arange(self.keys.shape[2], device=self.keys.device) >= self.lengths[:, None, None]
+
+    def with_prompt_mass(self) -> Observed:
+        """Itself with `mass` filled in from the queries of the whole prompt, where there are any and mass is None."""
+        if self.mass is not None or self.queries is None or self.queries.shape[2] < self.keys.shape[2]:
+            return self
+        mass = ops.attention_mass(self.queries, self.keys, lse=self.lse, reduce="sum", lengths=self.lengths)
+        return replace(self, mass=mass / (self.queries.shape[1] // self.keys.shape[1]))
+
+    def last_queries(self, count: int) -> Tensor:
+        """[B, Hq, ≤ count, D]: each request's last `count` queries."""
+        queries = self.queries
+        assert queries is not None
+        W = queries.shape[2]
+        count = min(count, W)
+        if self.lengths is None:
+            return queries[:, :, W - count :]
+        # A request shorter than W has its queries in front; one shorter than `count` keeps padding behind them.
+        first = (self.lengths.clamp(max=W) - count).clamp(min=0)
+        index = first[:, None] + torch.arange(count, device=queries.device)
+        return queries.gather(2, index[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
