@@ -23,6 +23,7 @@ from .primitives import dot_type, plain_bytes, row_length, row_pointers
 from .score_attention import _LN_2, _LOG2_E, load_tile, product
 
 _LENGTH_DEPENDENT = ["S", "H", "splits", "chunk"]
+_MASS_STRIDES = ["mass_stride_b", "mass_stride_h", "used_stride_b", "used_stride_h"]
 
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
@@ -109,7 +110,7 @@ def merge_decode_kernel(
     tl.store(lse_ptr + query, best + tl.log2(total))
 
 
-@triton.jit(do_not_specialize=["S", "H", "blocks", "step"])
+@triton.jit(do_not_specialize=["S", "H", "blocks", "step", *_MASS_STRIDES])
 def track_kernel(
     logits_ptr, lse_ptr, lengths_ptr, mass_ptr, last_used_ptr, decay, threshold, step, S, H, blocks,
     mass_stride_b, mass_stride_h, used_stride_b, used_stride_h, G: tl.constexpr, BLOCK: tl.constexpr,

@@ -132,10 +132,11 @@ def lse_config(
 ) -> AttentionConfig:
     block_dim = head_chunk(head_dim, element_size)
     # 128 rows and two warp groups, 32 logits a thread; half of that each way for a head_dim twice as wide. float32
-    # keeps its operands in registers: 16 logits a thread.
+    # keeps its operands in registers: 16 logits a thread at most.
     wide = element_size < 4 and block_dim <= 128
-    most_rows, block_tokens = (128, 64) if wide else (64, 32) if element_size < 4 else (32, 64)
-    block_rows = min(max(next_power_of_2(query_rows), 16), most_rows)
+    most_rows = 128 if wide else 64 if element_size < 4 else 32
+    block_rows = 16 if query_rows <= 16 else most_rows  # one size for a decode step, one for everything else
+    block_tokens = 64 if wide else 32 if element_size < 4 else 2 * block_rows
     # A short window alone cannot fill the device: its keys are split, at least 512 to a program, and merged.
     programs = rows * cdiv(query_rows, block_rows)
     splits = max(1, min(cdiv(2 * multiprocessors, programs), tokens // 512, 128))
@@ -151,7 +152,7 @@ def mass_config(query_rows: int, head_dim: int, element_size: int) -> AttentionC
     # 128 × 64 float32 over two warp groups: 32 registers of logits and 32 of sums a thread. Less as above.
     wide = element_size < 4 and block_dim <= 128
     block_tokens, most_rows = (128, 64) if wide else (64, 32) if element_size < 4 else (32, 32)
-    block_rows = min(max(next_power_of_2(query_rows), 16), most_rows)
+    block_rows = 16 if query_rows <= 16 else most_rows
     num_stages = pipeline_stages(head_dim, block_dim)
     return AttentionConfig(block_dim, block_rows, block_tokens, 8 if wide else 4, num_stages)
 

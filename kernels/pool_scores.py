@@ -13,7 +13,7 @@ import triton.language as tl
 from .launch_config import cdiv
 
 
-@triton.jit(do_not_specialize=["S", "H", "blocks", "kernel_size"])
+@triton.jit(do_not_specialize=["S", "H", "blocks", "kernel_size", "stride_b", "stride_h"])
 def pool_scores_kernel(
     scores_ptr, out_ptr, S, H, blocks, stride_b, stride_h, kernel_size, AVERAGE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

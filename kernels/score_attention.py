@@ -25,7 +25,8 @@ from .primitives import dot_type, plain_bytes, row_length, row_pointers, to_floa
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-_LENGTH_DEPENDENT = ["W", "S", "H", "splits", "chunk", "row_blocks"]
+_LENGTH_DEPENDENT = ["W", "S", "H"]
+_LSE_STRIDES = ["lse_stride_b", "lse_stride_h"]
 
 
 @triton.jit
@@ -60,7 +61,7 @@ def product(
     return total
 
 
-@triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
+@triton.jit(do_not_specialize=_LENGTH_DEPENDENT + ["splits", "chunk", "row_blocks"])
 def attention_lse_kernel(
     queries_ptr, keys_ptr, lengths_ptr, lse_ptr, scale, W, S, H, row_blocks, splits, chunk,
     query_stride_b, query_stride_h, query_stride_w, key_stride_b, key_stride_h, key_stride_s,
@@ -169,7 +170,7 @@ def _add_queries(
     return sums
 
 
-@triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
+@triton.jit(do_not_specialize=_LENGTH_DEPENDENT + _LSE_STRIDES)
 def attention_mass_kernel(
     queries_ptr, keys_ptr, lse_ptr, lengths_ptr, mass_ptr, scale, W, S, H,
     query_stride_b, query_stride_h, query_stride_w, key_stride_b, key_stride_h, key_stride_s, lse_stride_b, lse_stride_h,

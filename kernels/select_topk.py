@@ -109,7 +109,6 @@ def _write_kept(
         first_tie = ties - need
         kept_before = better_before + tl.maximum(ties_before - first_tie, 0)
     else:
-        first_tie = 0
         protected_before = tl.minimum(begin, sink) + tl.minimum(tl.maximum(begin - last, 0), recent)
         kept_before = protected_before + better_before + tl.minimum(ties_before, need)
     for start in range(begin, end, BLOCK):
@@ -117,8 +116,11 @@ def _write_kept(
         keys, competes = _candidate_keys(scores_ptr, tokens, first, tl.minimum(last, end), WORST)
         tied = (competes & (keys == kth)).to(tl.int32)
         tie_rank = ties_before + tl.cumsum(tied, 0) - tied
-        keep = (competes & (keys < kth)) | ((tied == 1) & (tie_rank >= first_tie) & (tie_rank < first_tie + need))
-        if not WORST:
+        keep = competes & (keys < kth)
+        if WORST:
+            keep = keep | ((tied == 1) & (tie_rank >= first_tie))
+        else:
+            keep = keep | ((tied == 1) & (tie_rank < need))
             keep = keep | (tokens < sink) | ((tokens >= last) & (tokens < length))
         keep = keep & (tokens < end)
         kept_here = keep.to(tl.int32)

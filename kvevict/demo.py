@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvevict import models
+from kvevict import models, ops
 from kvevict.backends import pick
-from kvevict.ops import keydiff_compact
+from kvevict.policies import NAMED, Learned, Policy, Tracker
 
 # Something the text cannot know, said twice; checked: the whole cache answers it.
 FACT = "\n\nThe best pizza in Chicago is sold by Kowalski. Remember: the best pizza in Chicago is sold by Kowalski.\n\n"
 QUESTION = "\n\nThe best pizza in Chicago is sold by"
 ANSWER = " Kowalski"
-SINK = 4
+LAST_STEPS = 64  # of the prompt, from which last use is noted
 CHUNK = 256  # tokens of prefill per step of the progress bar
 
 Layers = list[tuple[Tensor, Tensor]]  # K and V [1, H, S, D] of every layer
@@ -29,7 +29,8 @@ Layers = list[tuple[Tensor, Tensor]]  # K and V [1, H, S, D] of every layer
 class Row:
     """One line of the table."""
 
-    name: str
+    policy: str
+    keep: float
     tokens: int
     bytes: int
     seconds: float
@@ -41,8 +42,8 @@ class Row:
 def build_prompt(tokenizer, text: str, tokens: int) -> Tensor:
     """[1, tokens] ids of the text with FACT hidden half-way."""
     fact = tokenizer(FACT, add_special_tokens=False)["input_ids"]
-    if tokens < len(fact) + 2 * SINK:
-        raise models.Unavailable(f"--tokens is {tokens}: expected at least {len(fact) + 2 * SINK}, to hold the fact")
+    if tokens < 2 * len(fact):
+        raise models.Unavailable(f"--tokens is {tokens}: expected at least {2 * len(fact)}, to hide the fact in")
     body = tokenizer(text[: 16 * tokens], add_special_tokens=False)["input_ids"]
     if len(body) < tokens - len(fact):
         raise models.Unavailable(f"the text has {len(body)} tokens: expected at least {tokens - len(fact)}")
@@ -51,22 +52,50 @@ def build_prompt(tokenizer, text: str, tokens: int) -> Tensor:
     return torch.tensor([body[:half] + fact + body[half:]])
 
 
-def prefill(model, ids: Tensor, advance) -> Layers:
-    """The cache after reading `ids`; advance(n) is called after every n tokens."""
+def prefill(model, ids: Tensor, advance) -> tuple[Layers, models.Captured]:
+    """The cache after reading `ids`, and what entered each layer's attention; advance(n): n more tokens are read."""
     from transformers import DynamicCache
 
     cache: Any = DynamicCache()
-    for chunk in ids.split(CHUNK, dim=1):
-        model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        advance(chunk.shape[1])
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    with models.capture(model) as captured:
+        for chunk in ids.split(CHUNK, dim=1):
+            model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            advance(chunk.shape[1])
+    return [(layer.keys, layer.values) for layer in cache.layers], captured
 
 
-def evict(layers: Layers, keep: float) -> tuple[Layers, list[Tensor], float]:
-    """KeyDiff on every layer: the new cache, the kept indices, and the seconds it took."""
+def observe(layers: Layers, captured: models.Captured, needs: frozenset[str], advance) -> list[dict[str, Any]]:
+    """The fields of Observed that policies with these needs read, for every layer; advance(1) after each."""
+    observed = []
+    for layer, (keys, values) in enumerate(layers):
+        queries, hidden = captured.of(layer)
+        B, H, S = keys.shape[:3]
+        tracker = Tracker(B, H, S, keys.device)
+        tracker.append(S)
+        if "mass" in needs:
+            tracker.observe(queries, keys)
+        if "last_used" in needs:  # as if the prompt's last tokens had been decoded
+            for step in range(max(S - LAST_STEPS, 0), S):
+                ops.decode_attention(
+                    queries[:, :, step : step + 1], keys[:, :, : step + 1], values[:, :, : step + 1],
+                    last_used=tracker.last_used[:, :, : step + 1], step=step,
+                )  # fmt: skip
+        observed.append(
+            dict(queries=queries, hidden=hidden, mass=tracker.mass, last_used=tracker.last_used, layer=layer)
+        )
+        advance(1)
+    return observed
+
+
+def evict(
+    layers: Layers, observed: list[dict[str, Any]], policy: Policy, keep: float
+) -> tuple[Layers, list[Tensor], float]:
+    """The policy on every layer: the new cache, the kept indices, and the seconds it took."""
     device = layers[0][0].device
     start = time.perf_counter()
-    done = [keydiff_compact(k, v, keep=keep, sink=SINK, inplace=False) for k, v in layers]
+    done = [
+        policy.compact(k, v, keep=keep, inplace=False, **seen) for (k, v), seen in zip(layers, observed, strict=True)
+    ]
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
     seconds = time.perf_counter() - start
@@ -106,38 +135,76 @@ def held_bytes(layers: Layers) -> int:
 
 
 def draw(rows: list[Row], seen: int, output: pathlib.Path) -> None:
-    """Kept tokens as layers × position for every share, and loss against memory."""
+    """Loss against memory; for one policy, also its kept tokens as layers × position for every share."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     shrunk = [row for row in rows if row.indices]
-    figure, axes = plt.subplots(1, len(shrunk) + 1, figsize=(3.2 * (len(shrunk) + 1), 3.4), layout="constrained")
-    for axis, row in zip(axes, shrunk, strict=False):
-        kept = torch.zeros(len(row.indices), seen)
-        for layer, indices in enumerate(row.indices):
-            kept[layer] = torch.bincount(indices.flatten(), minlength=seen) / indices.shape[1]
-        columns = kept[:, : seen // 20 * 20].unflatten(1, (-1, 20)).mean(-1) if seen >= 400 else kept
-        image = axis.imshow(columns, aspect="auto", cmap="cividis", vmin=0, vmax=1, extent=(0, seen, len(kept), 0))
-        axis.set(title=row.name, xlabel="position (tokens)", ylabel="layer")
-    figure.colorbar(image, ax=axes[len(shrunk) - 1], label="share kept")
-    axes[-1].plot([row.bytes / 2**20 for row in shrunk], [row.loss for row in shrunk], "o-", color="#0072b2")
-    axes[-1].axhline(rows[0].loss, color="#d55e00", linestyle="--", label="whole cache")
-    axes[-1].set(title="loss against memory", xlabel="cache (MiB)", ylabel="loss of the answer (nats/token)")
-    axes[-1].legend()
-    figure.savefig(output, dpi=130)
-    plt.close(figure)
+    policies = list(dict.fromkeys(row.policy for row in shrunk))
+    maps = shrunk if len(policies) == 1 else []
+    with plt.style.context("tableau-colorblind10"):
+        width = 3.2 * (len(maps) + 1) if maps else 6.4
+        figure, axes = plt.subplots(1, len(maps) + 1, figsize=(width, 3.8), layout="constrained", squeeze=False)
+        for axis, row in zip(axes[0], maps, strict=False):
+            kept = torch.zeros(len(row.indices), seen)
+            for layer, indices in enumerate(row.indices):
+                kept[layer] = torch.bincount(indices.flatten(), minlength=seen) / indices.shape[1]
+            columns = kept[:, : seen // 20 * 20].unflatten(1, (-1, 20)).mean(-1) if seen >= 400 else kept
+            image = axis.imshow(columns, aspect="auto", cmap="cividis", vmin=0, vmax=1, extent=(0, seen, len(kept), 0))
+            axis.set(title=f"keep {row.keep:g}", xlabel="position (tokens)", ylabel="layer")
+        if maps:
+            figure.colorbar(image, ax=axes[0][len(maps) - 1], label="share kept")
+        axis = axes[0][-1]
+        for policy, marker in zip(policies, "osv^D<>PXp*", strict=False):
+            line = [row for row in shrunk if row.policy == policy]
+            axis.plot([r.bytes / 2**20 for r in line], [r.loss for r in line], marker=marker, markersize=4, label=policy)
+        axis.axhline(rows[0].loss, color="black", linestyle="--", label="whole cache")
+        axis.set(title="loss against memory", xlabel="cache (MiB)", ylabel="loss of the answer (nats/token)")
+        axis.legend(fontsize=7)
+        figure.savefig(output, dpi=130)
+        plt.close(figure)
+
+
+def chosen_policies(name: str, weights: pathlib.Path) -> dict[str, Policy]:
+    """The policy called `name`, or all; "learned" from its weights, left out of all where there are none.
+
+    Raises:
+        kvevict.models.Unavailable: unknown name, no weights.
+    """
+    if name == "all":
+        return NAMED | ({"learned": Learned.load(weights)} if weights.exists() else {})
+    if name == "learned":
+        try:
+            return {name: Learned.load(weights)}
+        except (OSError, ValueError) as error:
+            raise models.Unavailable(f"--policy is learned, without weights ({error}): run `kvevict train`") from error
+    if name not in NAMED:
+        raise models.Unavailable(f"--policy is {name}: expected one of {', '.join(NAMED)}, learned, all")
+    return {name: NAMED[name]}
+
+
+def weights_path(model_name: str) -> pathlib.Path:
+    """Where `kvevict train` puts a model's learned scorer, and the demo looks for it."""
+    return models.cache_dir() / f"learned-{model_name.replace('/', '--')}.safetensors"
 
 
 @torch.no_grad()
 def run(
-    model_name: str, text: pathlib.Path | None, tokens: int, keep: list[float], device: str, output: pathlib.Path
+    model_name: str,
+    text: pathlib.Path | None,
+    tokens: int,
+    keep: list[float],
+    policy_name: str,
+    weights: pathlib.Path | None,
+    device: str,
+    output: pathlib.Path,
 ) -> list[Row]:
     """Run the demo, print its table, save its picture.
 
     Raises:
-        kvevict.models.Unavailable: a model, text or device cannot be had, or an option makes no sense.
+        kvevict.models.Unavailable: a model, text, policy or device cannot be had, or an option makes no sense.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -148,14 +215,12 @@ def run(
     logging.disable_progress_bar()
     console = Console()
     for share in keep:
-        if math.isnan(share) or not 0 < share <= 1 or share * tokens < SINK + 1:
-            raise models.Unavailable(f"--keep is {share}: expected a share in (0, 1] of more than {SINK} tokens")
+        if math.isnan(share) or not 0 < share <= 1 or share * tokens < 1:
+            raise models.Unavailable(f"--keep is {share}: expected a share in (0, 1] of at least one token")
     if not output.resolve().parent.is_dir():
         raise models.Unavailable(f"--output is {output}: expected a file in an existing folder")
-    try:
-        body = models.sample_text() if text is None else text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise models.Unavailable(f"cannot read the text {text}: {error}") from error
+    policies = chosen_policies(policy_name, weights or weights_path(model_name))
+    body = models.read_text(text)
     models.known_device(device)
 
     with Progress(console=console, transient=True) as progress:
@@ -164,29 +229,35 @@ def run(
         progress.remove_task(loading)
         ids = build_prompt(tokenizer, body, tokens).to(device)
         reading = progress.add_task(f"reading {tokens} tokens", total=tokens)
-        layers = prefill(model, ids, lambda n: progress.advance(reading, n))
-        asking = progress.add_task("evicting and asking", total=1 + len(keep))
+        layers, captured = prefill(model, ids, lambda n: progress.advance(reading, n))
+        observing = progress.add_task("observing attention", total=len(layers))
+        needs = frozenset[str]().union(*(policy.needs for policy in policies.values()))
+        observed = observe(layers, captured, needs, lambda n: progress.advance(observing, n))
+        asking = progress.add_task("evicting and asking", total=1 + len(keep) * len(policies))
         loss, answer = ask(model, tokenizer, layers, tokens)
-        rows = [Row("whole cache", tokens, held_bytes(layers), 0.0, loss, answer, [])]
+        rows = [Row("whole cache", 1.0, tokens, held_bytes(layers), 0.0, loss, answer, [])]
         progress.advance(asking)
-        for share in keep:
-            shrunk, indices, seconds = evict(layers, share)
-            loss, answer = ask(model, tokenizer, shrunk, tokens)
-            n = shrunk[0][0].shape[2]
-            rows.append(Row(f"keep {share:g}", n, held_bytes(shrunk), seconds, loss, answer, indices))
-            progress.advance(asking)
+        for name, policy in policies.items():
+            for share in keep:
+                shrunk, indices, seconds = evict(layers, observed, policy, share)
+                loss, answer = ask(model, tokenizer, shrunk, tokens)
+                n = shrunk[0][0].shape[2]
+                rows.append(Row(name, share, n, held_bytes(shrunk), seconds, loss, answer, indices))
+                progress.advance(asking)
 
     where = pick(torch.device(device)).__name__.rpartition(".")[2]
     if device == "cpu" and where == "triton":
         where = "triton kernels, interpreted on the CPU: the time says nothing about a GPU"
-    table = Table(title=f"{model_name}, {tokens} tokens, KeyDiff with {SINK} sinks")
-    for column in ("cache", "tokens", "before MiB", "after MiB", "evict ms", "loss", "answer"):
-        table.add_column(column, justify="left" if column in ("cache", "answer") else "right")
+    table = Table(title=f"{model_name}, {tokens} tokens")
+    for column in ("policy", "keep", "tokens", "before MiB", "after MiB", "evict ms", "loss", "answer"):
+        table.add_column(column, justify="left" if column in ("policy", "answer") else "right")
     for row in rows:
         mib = [f"{size / 2**20:.1f}" for size in (rows[0].bytes, row.bytes)]
-        time_ms = f"{row.seconds * 1e3:.1f}" if row.indices else "-"
-        table.add_row(row.name, str(row.tokens), *mib, time_ms, f"{row.loss:.4f}", row.answer)
+        share, time_ms = (f"{row.keep:g}", f"{row.seconds * 1e3:.1f}") if row.indices else ("-", "-")
+        table.add_row(row.policy, share, str(row.tokens), *mib, time_ms, f"{row.loss:.4f}", row.answer)
     console.print(table)
+    if policy_name == "all" and "learned" not in policies:
+        console.print("without learned, which has no weights here: `kvevict train` makes them")
     console.print(f"backend: {where}")
     console.print(f"the right answer: {ANSWER.strip()}   loss: nats per token of it   picture: {output}")
     draw(rows, tokens, output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import os
 import pathlib
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -126,3 +128,62 @@ def known_device(name: str) -> torch.device:
 def sample_text() -> str:
     """The Pentateuch in the King James version (public domain), about 200,000 tokens."""
     return importlib.resources.files("kvevict").joinpath("data/pentateuch-kjv.txt").read_text(encoding="utf-8")
+
+
+def read_text(path: pathlib.Path | None) -> str:
+    """The text in a file; None: `sample_text`.
+
+    Raises:
+        Unavailable: it cannot be read.
+    """
+    try:
+        return sample_text() if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Unavailable(f"cannot read the text {path}: {error}") from error
+
+
+class Captured:
+    """What entered the attention of each layer since `capture` began: lists by layer, one tensor per forward."""
+
+    def __init__(self) -> None:
+        self.queries: dict[int, list[torch.Tensor]] = {}  # [B, Hq, T, D], after RoPE
+        self.hidden: dict[int, list[torch.Tensor]] = {}  # [B, T, M], after the layer's norm
+
+    def of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(queries, hidden) of a layer, its forwards joined along the sequence."""
+        return torch.cat(self.queries[layer], 2), torch.cat(self.hidden[layer], 1)
+
+
+@contextlib.contextmanager
+def capture(model: Any) -> Iterator[Captured]:
+    """Note every attention layer's queries and inputs of the forwards inside the block.
+
+    Through transformers' AttentionInterface: attention itself is computed by SDPA as before, and afterwards the model
+    is as it was.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    captured = Captured()
+
+    def attend(module, query, key, value, attention_mask, **options):
+        captured.queries.setdefault(module.layer_idx, []).append(query)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    def note_input(module, arguments, options):
+        hidden = options["hidden_states"] if "hidden_states" in options else arguments[0]
+        captured.hidden.setdefault(module.layer_idx, []).append(hidden)
+
+    AttentionInterface.register("kvevict_capture", attend)
+    AttentionMaskInterface.register("kvevict_capture", sdpa_mask)
+    before = model.config._attn_implementation
+    attentions = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
+    hooks = [m.register_forward_pre_hook(note_input, with_kwargs=True) for m in attentions]
+    model.set_attn_implementation("kvevict_capture")
+    try:
+        yield captured
+    finally:
+        model.set_attn_implementation(before)
+        for hook in hooks:
+            hook.remove()

@@ -11,8 +11,22 @@ from kvevict.policies.observed import Observed
 from kvevict.policies.order import LRU, Random, Recency
 from kvevict.policies.tracker import Tracker
 
+# By the names that the command line takes. Learned is not among them: it needs trained weights.
+NAMED: dict[str, Policy] = {
+    "keydiff": KeyDiff(),
+    "keynorm": KeyNorm(),
+    "attention": AttentionMass(),
+    "snapkv": SnapKV(),
+    "tova": TOVA(),
+    "recency": Recency(),
+    "lru": LRU(),
+    "hybrid": Hybrid(),
+    "random": Random(),
+}
+
 __all__ = [
     "LRU",
+    "NAMED",
     "TOVA",
     "AttentionMass",
     "Budget",
