@@ -15,7 +15,7 @@ READY := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo train test lint bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -34,6 +34,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: $(READY)  ## evict from a real model's cache and ask it for a hidden fact (DEMO="--keep 0.3 ...")
 	TRITON_INTERPRET=$$($(PY) -c "import torch; print(int(not torch.cuda.is_available()))") $(PY) -m kvevict demo $(DEMO)
+
+train: $(READY)  ## train the learned scorer on a real model (TRAIN="--layers 4 ..."); the demo's --policy all takes it up
+	KVEVICT_BACKEND=$$($(PY) -c "import torch; print('auto' if torch.cuda.is_available() else 'reference')") $(PY) -m kvevict train $(TRAIN)
 
 test: $(READY)  ## every check; on a machine without a GPU the kernels run in Triton's interpreter
 	$(PY) -m pytest -n $(WORKERS) $(TEST)

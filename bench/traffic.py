@@ -25,6 +25,51 @@ class KeydiffCompact:
         return self.heads * 8 * self.S * self.D
 
 
+@dataclass(frozen=True)
+class WindowMass:
+    """The floor of `attention_mass` for a window of W queries, without a given LSE: two passes over K."""
+
+    heads: int  # KV heads
+    group: int
+    W: int
+    S: int
+    D: int
+    element_size: int
+
+    @property
+    def bytes(self) -> float:
+        """K read twice, the window's queries once, the mass written."""
+        return self.heads * ((2 * self.S + self.group * self.W) * self.D * self.element_size + 4 * self.S)
+
+    @property
+    def operations(self) -> float:
+        """Two products of queries and keys, and an exponential and a sum per weight in each pass."""
+        return self.heads * self.group * self.W * self.S * (4 * self.D + 4)
+
+
+@dataclass(frozen=True)
+class DecodeAttention:
+    """The floor of `decode_attention`; tracked: with mass and last_used."""
+
+    heads: int  # KV heads
+    group: int
+    S: int
+    D: int
+    DV: int
+    element_size: int
+    tracked: bool
+
+    @property
+    def bytes(self) -> float:
+        """K and V read once; to track, the logits written and read, mass read and written."""
+        track = (8 * self.group + 8) * self.S if self.tracked else 0
+        return self.heads * (self.S * (self.D + self.DV) * self.element_size + track)
+
+    @property
+    def operations(self) -> float:
+        return self.heads * self.group * self.S * 2 * (self.D + self.DV)
+
+
 @contextlib.contextmanager
 def counted():
     """Bytes of all loads, stores and atomics (read and written) inside the block."""

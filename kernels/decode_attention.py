@@ -20,7 +20,7 @@ import triton.language as tl
 
 from .launch_config import cdiv, decode_config, multiprocessors
 from .primitives import dot_type, plain_bytes, row_length, row_pointers
-from .score_attention import _LN_2, _LOG2_E, load_tile, product
+from .score_attention import _LOG2_E, load_tile, product
 
 _LENGTH_DEPENDENT = ["S", "H", "splits", "chunk"]
 _MASS_STRIDES = ["mass_stride_b", "mass_stride_h", "used_stride_b", "used_stride_h"]
@@ -155,7 +155,8 @@ def decode_attention(
         return torch.empty(shape, dtype=torch.float32, device=keys.device)
 
     logits = None if mass is None and last_used is None else workspace(B, HQ, S)
-    sums, best, total = workspace(rows, config.splits, G, DV), *workspace(2, rows, config.splits, G)
+    sums = workspace(rows, config.splits, G, DV)
+    best, total = workspace(2, rows, config.splits, G)
     lse = workspace(B, HQ)
     strides = (*queries.stride()[:2], *keys.stride()[:3], *values.stride()[:3])
     compute = dot_type(queries)

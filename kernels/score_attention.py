@@ -121,7 +121,7 @@ def merge_lse_kernel(parts_ptr, lse_ptr, n, splits, BLOCK: tl.constexpr):
     inside = queries < n
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for split in range(0, splits):
+    for _ in range(0, splits):
         lse = tl.load(parts_ptr + queries, mask=inside, other=0.0)
         parts_ptr += n
         best_after = tl.maximum(best, lse)
@@ -173,7 +173,8 @@ def _add_queries(
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT + _LSE_STRIDES)
 def attention_mass_kernel(
     queries_ptr, keys_ptr, lse_ptr, lengths_ptr, mass_ptr, scale, W, S, H,
-    query_stride_b, query_stride_h, query_stride_w, key_stride_b, key_stride_h, key_stride_s, lse_stride_b, lse_stride_h,
+    query_stride_b, query_stride_h, query_stride_w, key_stride_b, key_stride_h, key_stride_s,
+    lse_stride_b, lse_stride_h,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     CAUSAL: tl.constexpr, REDUCE: tl.constexpr, COUNT: tl.constexpr, COMPUTE: tl.constexpr,
     DECODE_Q: tl.constexpr, DECODE_K: tl.constexpr,
@@ -245,9 +246,9 @@ def attention_lse(
     compute = dot_type(queries)
     (queries, decode_q), (keys, decode_k) = plain_bytes(queries), plain_bytes(keys)
     attention_lse_kernel[(B * H * row_blocks * config.splits,)](
-        queries, keys, lengths, parts, scale * _LOG2_E.value, W, S, H, row_blocks, config.splits, config.chunk, *strides,
-        G=G, D=D, BLOCK_D=config.block_dim, BLOCK_R=config.block_rows, BLOCK_S=config.block_tokens, CAUSAL=causal,
-        COMPUTE=compute, DECODE_Q=decode_q, DECODE_K=decode_k, num_warps=config.num_warps,
+        queries, keys, lengths, parts, scale * _LOG2_E.value, W, S, H, row_blocks, config.splits, config.chunk,
+        *strides, G=G, D=D, BLOCK_D=config.block_dim, BLOCK_R=config.block_rows, BLOCK_S=config.block_tokens,
+        CAUSAL=causal, COMPUTE=compute, DECODE_Q=decode_q, DECODE_K=decode_k, num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
     if config.splits > 1:

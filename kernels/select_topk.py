@@ -264,9 +264,7 @@ def topk_indices(
     _select(scores, keep_lengths, sink, recent, lengths, out, worst=False)
 
 
-def evict_slots(
-    scores: torch.Tensor, sink: int, recent: int, lengths: torch.Tensor | None, out: torch.Tensor
-) -> None:
+def evict_slots(scores: torch.Tensor, sink: int, recent: int, lengths: torch.Tensor | None, out: torch.Tensor) -> None:
     """Fill out [B, H, n] int64 with the n worst unprotected tokens, ascending; -1 where a row has fewer."""
     _select(scores, None, sink, recent, lengths, out, worst=True)
 

@@ -37,7 +37,9 @@ def demo(
         0.1,
     ],
     policy: Annotated[str, typer.Option(help="keydiff, keynorm, attention, ... or all, side by side.")] = "keydiff",
-    weights: Annotated[pathlib.Path | None, typer.Option(help="Of the learned scorer; default: what train wrote.")] = None,
+    weights: Annotated[
+        pathlib.Path | None, typer.Option(help="Of the learned scorer; default: what train wrote.")
+    ] = None,
     device: Device = "cpu",
     output: Annotated[pathlib.Path, typer.Option(help="Where the picture goes.")] = pathlib.Path("kvevict-demo.png"),
 ) -> None:

@@ -152,14 +152,18 @@ def draw(rows: list[Row], seen: int, output: pathlib.Path) -> None:
             for layer, indices in enumerate(row.indices):
                 kept[layer] = torch.bincount(indices.flatten(), minlength=seen) / indices.shape[1]
             columns = kept[:, : seen // 20 * 20].unflatten(1, (-1, 20)).mean(-1) if seen >= 400 else kept
-            image = axis.imshow(columns, aspect="auto", cmap="cividis", vmin=0, vmax=1, extent=(0, seen, len(kept), 0))
+            image = axis.imshow(
+                columns.numpy(), aspect="auto", cmap="cividis", vmin=0, vmax=1, extent=(0, seen, len(kept), 0)
+            )
             axis.set(title=f"keep {row.keep:g}", xlabel="position (tokens)", ylabel="layer")
         if maps:
             figure.colorbar(image, ax=axes[0][len(maps) - 1], label="share kept")
         axis = axes[0][-1]
         for policy, marker in zip(policies, "osv^D<>PXp*", strict=False):
             line = [row for row in shrunk if row.policy == policy]
-            axis.plot([r.bytes / 2**20 for r in line], [r.loss for r in line], marker=marker, markersize=4, label=policy)
+            axis.plot(
+                [r.bytes / 2**20 for r in line], [r.loss for r in line], marker=marker, markersize=4, label=policy
+            )
         axis.axhline(rows[0].loss, color="black", linestyle="--", label="whole cache")
         axis.set(title="loss against memory", xlabel="cache (MiB)", ylabel="loss of the answer (nats/token)")
         axis.legend(fontsize=7)
@@ -253,8 +257,8 @@ def run(
         table.add_column(column, justify="left" if column in ("policy", "answer") else "right")
     for row in rows:
         mib = [f"{size / 2**20:.1f}" for size in (rows[0].bytes, row.bytes)]
-        share, time_ms = (f"{row.keep:g}", f"{row.seconds * 1e3:.1f}") if row.indices else ("-", "-")
-        table.add_row(row.policy, share, str(row.tokens), *mib, time_ms, f"{row.loss:.4f}", row.answer)
+        kept, time_ms = (f"{row.keep:g}", f"{row.seconds * 1e3:.1f}") if row.indices else ("-", "-")
+        table.add_row(row.policy, kept, str(row.tokens), *mib, time_ms, f"{row.loss:.4f}", row.answer)
     console.print(table)
     if policy_name == "all" and "learned" not in policies:
         console.print("without learned, which has no weights here: `kvevict train` makes them")

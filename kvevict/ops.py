@@ -80,7 +80,7 @@ def attention_lse(
         lengths: [B] int32 or int64, valid tokens of each request.
 
     Returns:
-        [B, Hq, W] float32, ln Σ_i exp(scale · q·k_i) over the keys that a query sees; -inf for queries that are padding.
+        [B, Hq, W] float32, ln Σ_i exp(scale · q·k_i) over the keys that a query sees; -inf for padding queries.
 
     Raises:
         TypeError, ValueError: see the module; more queries than keys; `lengths` as in `keydiff_scores`.
@@ -197,7 +197,7 @@ def mlp_scores(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -
 
     Args:
         hidden: [B, S, M] hidden states, float32, float16 or bfloat16, last dimension contiguous.
-        w1, b1, w2, b2: [N, M], [N], [1, N] or [N], [1] or []: the weights and biases of two nn.Linear, of hidden's dtype.
+        w1, b1, w2, b2: [N, M], [N], [1, N] or [N], [1] or []: those of two nn.Linear, of hidden's dtype.
 
     Returns:
         [B, S] float32, in [0, 1].
@@ -223,7 +223,7 @@ def mlp_scores(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -
 
 
 def pool_scores(scores: Tensor, kernel_size: int, mode: str = "avg") -> Tensor:
-    """Pool scores along the sequence, so that the neighbours of a high score are kept with it (SnapKV, arXiv 2404.14469).
+    """Pool scores along the sequence, so that a high score's neighbours are kept with it (SnapKV, arXiv 2404.14469).
 
     Args:
         scores: [B, H, S] float32, last dimension contiguous.
@@ -248,11 +248,11 @@ def combine_scores(parts: Sequence[tuple[float, Tensor]], *, scale: str = "rank"
 
     Args:
         parts: (weight, scores [B, H, S] float32) of each scorer.
-        scale: "rank": the share of a row's other tokens that score lower, ties halfway, in [0, 1]; "minmax": linear from
-            a row's least score, 0, to its greatest, 1; "l2": over the row's Euclidean norm.
+        scale: "rank": the share of a row's other tokens that score lower, ties halfway, in [0, 1]; "minmax": linear
+            from a row's least score, 0, to its greatest, 1; "l2": over the row's Euclidean norm.
 
     Returns:
-        [B, H, S] float32; -inf where a part is -inf (no token), and NaN where one is NaN; neither counts in a row's scale.
+        [B, H, S] float32; -inf where a part is -inf (no token), NaN where one is NaN; neither counts in a row's scale.
 
     Raises:
         TypeError, ValueError: no parts, unlike shapes or devices, weights that are no finite numbers, unknown scale.
@@ -463,7 +463,9 @@ def _check_mass(queries: Tensor, lse: Tensor | None, reduce: str, normalize: str
     if normalize is not None:
         validate.one_of("normalize", normalize, ("count",))
         if reduce == "max":
-            raise ValueError("normalize is 'count': expected None, because reduce is 'max', which has nothing to divide")
+            raise ValueError(
+                "normalize is 'count': expected None, because reduce is 'max', which has nothing to divide"
+            )
     if lse is not None:
         validate.tensor("lse", lse, 3, (torch.float32,), queries)
         validate.contiguous_rows("lse", lse)

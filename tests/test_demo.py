@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
 from kvevict import demo, models
+from kvevict.policies import NAMED
 
 
 def command(*arguments):
@@ -19,7 +20,7 @@ def command(*arguments):
 @pytest.mark.parametrize(
     "arguments",
     [["--device", "nonsense"], ["--model", "/no/such/model"], ["--text", "/no/such/text"], ["--keep", "1.5"],
-     ["--output", "/no/such/folder/a.png"]],
+     ["--output", "/no/such/folder/a.png"], ["--policy", "nonsense"]],
     ids=lambda a: a[0],
 )  # fmt: skip
 def test_bad_options_end_in_one_line(arguments):
@@ -46,8 +47,14 @@ def test_text_too_short():
         demo.build_prompt(Words(), "a" * 1000, 9)
 
 
+def test_learned_without_weights_says_what_to_run(tmp_path):
+    with pytest.raises(models.Unavailable, match="kvevict train"):
+        demo.chosen_policies("learned", tmp_path / "none")
+    assert set(demo.chosen_policies("all", tmp_path / "none")) == set(NAMED)
+
+
 @torch.no_grad()
-def test_demo_on_a_tiny_model():
+def test_demo_on_a_tiny_model(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -55,11 +62,13 @@ def test_demo_on_a_tiny_model():
                          num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     ids = demo.build_prompt(Words(), "in the beginning " * 40, 400)
-    layers = demo.prefill(model, ids, lambda n: None)
+    layers, captured = demo.prefill(model, ids, lambda n: None)
     assert ids.shape == (1, 400) and layers[0][0].shape == (1, 2, 400, 8)
+    observed = demo.observe(layers, captured, frozenset({"mass", "last_used"}), lambda n: None)
     whole, _ = demo.ask(model, Words(), layers, 400)
-    everything, _, _ = demo.evict(layers, 1.0)
-    assert demo.ask(model, Words(), everything, 400)[0] == pytest.approx(whole, abs=1e-4)
+    for policy in NAMED.values():
+        everything, _, _ = demo.evict(layers, observed, policy, 1.0)
+        assert demo.ask(model, Words(), everything, 400)[0] == pytest.approx(whole, abs=1e-4)
 
     # The same loss without any cache: positions and mask are right.
     question, answer = Words()(demo.QUESTION)["input_ids"], Words()(demo.ANSWER)["input_ids"]
@@ -67,6 +76,23 @@ def test_demo_on_a_tiny_model():
     truth = -logits[-len(answer) - 1 : -1].gather(-1, torch.tensor(answer)[:, None]).mean().item()
     assert whole == pytest.approx(truth, abs=1e-4)
 
-    half, indices, _ = demo.evict(layers, 0.5)
-    assert indices[0].shape == (1, 2, 200)
-    assert demo.held_bytes(half) * 2 == demo.held_bytes(layers)
+    # What was observed is what eager attention would have shown.
+    model.set_attn_implementation("eager")
+    weights = model(ids, output_attentions=True).attentions
+    for seen, layer in zip(observed, weights, strict=True):
+        by_group = layer[0].unflatten(0, (2, 2)).mean(1)
+        torch.testing.assert_close(seen["mass"][0], by_group.sum(1), rtol=1e-4, atol=1e-5)
+        used = [[max((t for t in range(336, 400) if row[t, i] >= 1e-3), default=-1) for i in range(400)]
+                for row in by_group]  # fmt: skip
+        assert (seen["last_used"][0] == torch.tensor(used)).float().mean() > 0.999  # 1e-3 to rounding
+
+    rows = [demo.Row("whole cache", 1.0, 400, demo.held_bytes(layers), 0.0, whole, "", [])]
+    for name in ("keydiff", "hybrid"):
+        half, indices, seconds = demo.evict(layers, observed, NAMED[name], 0.5)
+        assert indices[0].shape == (1, 2, 200)
+        assert demo.held_bytes(half) * 2 == demo.held_bytes(layers)
+        loss, answer = demo.ask(model, Words(), half, 400)
+        rows.append(demo.Row(name, 0.5, 200, demo.held_bytes(half), seconds, loss, answer, indices))
+    for count in (2, 3):  # one policy: its kept tokens too; several: their losses
+        demo.draw(rows[:count], 400, tmp_path / f"{count}.png")
+        assert (tmp_path / f"{count}.png").stat().st_size > 10_000

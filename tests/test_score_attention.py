@@ -9,7 +9,8 @@ import kvevict
 
 # (B, H, S, D), query heads per KV head, queries: odd sizes, tiles that are not full, one query, the whole prompt
 SHAPES = [((2, 2, 70, 64), 3, 70), ((1, 2, 300, 64), 4, 33), ((1, 1, 1300, 80), 1, 1), ((1, 1, 100, 576), 2, 20),
-          ((1, 2, 1, 128), 2, 1), ((1, 1, 130, 256), 5, 7), ((1, 1, 260, 128), 1, 260), ((1, 1, 40, 24), 2, 9)]  # fmt: skip
+          ((1, 2, 1, 128), 2, 1), ((1, 1, 130, 256), 5, 7), ((1, 1, 260, 128), 1, 260),
+          ((1, 1, 40, 24), 2, 9)]  # fmt: skip
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 
 

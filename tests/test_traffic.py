@@ -1,11 +1,11 @@
-"""The bytes that keydiff_compact asks for, counted exactly in Triton's interpreter, against the floor."""
+"""The bytes that the ops ask for, counted exactly in Triton's interpreter, against the floor."""
 
 import pytest
 import torch
 from conftest import HAS_GPU
 
 import kvevict
-from bench.traffic import KeydiffCompact, counted
+from bench.traffic import DecodeAttention, KeydiffCompact, WindowMass, counted
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="counts in Triton's interpreter")
 
@@ -27,3 +27,32 @@ def test_keydiff_compact_moves_what_it_must(keep, preserve_order):
     assert traffic["bytes"] <= 1.05 * floor.bytes + 24 * S * H
     assert traffic["bytes"] >= floor.bytes  # the counter counts: two passes over K cannot do with less
     assert not torch.equal(before[:, :, :n], result.keys)
+
+
+@pytest.mark.parametrize("W", [1, 32])
+def test_window_mass_reads_keys_twice(W):
+    S, D, H, G, e = 8192, 128, 2, 4, 2
+    keys, queries = torch.randn(1, H, S, D).bfloat16(), torch.randn(1, H * G, W, D).bfloat16()
+    with kvevict.backend("triton"), counted() as traffic:
+        kvevict.attention_mass(queries, keys)
+    floor = WindowMass(H, G, W, S, D, e)
+    blocks = S // 128 * 2  # each block of keys, and each run of them, reads the group's queries: from L2
+    assert floor.bytes <= traffic["bytes"] <= 1.05 * floor.bytes + blocks * H * G * W * (D * e + 4)
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+def test_decode_attention_reads_the_cache_once(tracked):
+    S, D, H, G, e = 8192, 128, 2, 4, 2
+    keys, values = (torch.randn(1, H, S, D).bfloat16() for _ in range(2))
+    query, mass = torch.randn(1, H * G, 1, D).bfloat16(), torch.zeros(1, H, S)
+    with kvevict.backend("triton"), counted() as traffic:
+        kvevict.decode_attention(query, keys, values, mass=mass if tracked else None)
+    floor = DecodeAttention(H, G, S, D, D, e, tracked)
+    assert floor.bytes <= traffic["bytes"] <= 1.05 * floor.bytes
+
+
+def test_key_norms_read_keys_once():
+    keys = torch.randn(1, 2, 4096, 64).bfloat16()
+    with kvevict.backend("triton"), counted() as traffic:
+        kvevict.key_norm_scores(keys)
+    assert traffic["bytes"] == keys.nbytes + 4 * keys[..., 0].numel()

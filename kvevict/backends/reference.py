@@ -142,8 +142,8 @@ def decode_attention(
     threshold: float,
     out: Tensor,
 ) -> None:
-    """softmax(scale · q·K) · V for one query per head; with w the weights' mean over the group, mass ← decay · mass + w,
-    and last_used ← step where w reaches the threshold."""
+    """softmax(scale · q·K) · V for one query per head. With w the weights' mean over the group:
+    mass ← decay · mass + w, and last_used ← step where w reaches the threshold."""
     G = queries.shape[1] // keys.shape[1]
     for b, h, _, logits in _visible_logits(queries, keys, scale, False, lengths):
         weights = logits[:, 0].softmax(-1)

@@ -14,7 +14,7 @@ class Budget(abc.ABC):
     """Tokens that each layer keeps. The total is always layers × the tokens that `keep` gives one layer.
 
     Attributes:
-        keep: tokens (int) or share (float in (0, 1]) of a layer, as in `kvevict.ops.topk_indices`; the mean over layers.
+        keep: tokens (int) or share (float in (0, 1]) as in `kvevict.ops.topk_indices`: the mean over layers.
     """
 
     keep: int | float
@@ -60,7 +60,8 @@ class Pyramid(Budget):
     def per_layer(self, layers: int, tokens: int) -> tuple[int, ...]:
         total = self._total(layers, tokens)
         mean = Fraction(total, layers)
-        most = min(2 * mean - max(mean / Fraction(self.steepness), 1), tokens)
+        least = max(mean / Fraction(self.steepness), Fraction(1))
+        most = min(2 * mean - least, Fraction(tokens))
         step = 2 * (most - mean) / max(layers - 1, 1)
         kept = [int(most - step * layer) if layers > 1 else total for layer in range(layers)]
         # Rounding down leaves fewer tokens than there are layers: one each, lower layers first.

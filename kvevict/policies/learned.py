@@ -18,7 +18,7 @@ Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # w1 [N, M], b1 [N], w2 [1, N],
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Learned(Policy):
-    """sigmoid(w2 · relu(W1 · h + b1) + b2) on the hidden states that enter a layer's attention; one score for all heads.
+    """sigmoid(w2 · relu(W1 · h + b1) + b2) on the hidden states that enter a layer's attention; heads share it.
 
     Attributes:
         layers: the two linear layers' weights and biases, for each layer of the model.

@@ -133,7 +133,9 @@ def fit(
     """
     held_out = max(len(texts) // 4, 1) if held_out is None else held_out
     if not 1 <= held_out < len(texts):
-        raise ValueError(f"texts has {len(texts)} texts and held_out is {held_out}: expected at least one for each side")
+        raise ValueError(
+            f"texts has {len(texts)} texts and held_out is {held_out}: expected at least one for each side"
+        )
     encoded = []
     for i, text in enumerate(texts):
         if isinstance(text, str):
