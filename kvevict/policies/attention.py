@@ -69,6 +69,7 @@ class SnapKV(Policy):
 
     @property
     def window(self) -> int:
+        """The queries whose attention counts, and whose own tokens stay."""
         return 64 if self.variant == "kvpress" else 32
 
     @property
@@ -101,6 +102,10 @@ class TOVA(Policy):
 
     heads: str = "shared"
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
+
+    @property
+    def window(self) -> int:
+        return 1
 
     @property
     def protected(self) -> tuple[int, int]:

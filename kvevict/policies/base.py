@@ -43,6 +43,11 @@ class Policy(abc.ABC):
         most recent."""
         return self.sink, self.recent
 
+    @property
+    def window(self) -> int:
+        """The most queries, the last ones, that `scores` reads."""
+        return 64 if "queries" in self.needs else 0
+
     def select(self, seen: Observed, keep: int | float) -> Tensor:
         """The tokens to keep: [B, H, n] int64, ascending, -1 beyond what a ragged request keeps.
 

@@ -47,6 +47,10 @@ class Hybrid(Policy):
         protections = [(self.sink, self.recent), *(policy.protected for _, policy in self.parts)]
         return max(sink for sink, _ in protections), max(recent for _, recent in protections)
 
+    @property
+    def window(self) -> int:
+        return max(policy.window for _, policy in self.parts)
+
     def scores(self, seen: Observed) -> Tensor:
         padding = torch.as_tensor(seen.padding(), device=seen.keys.device)  # does not count in a row's scale
         scored = [(w, policy.scores(seen).masked_fill(padding, float("-inf"))) for w, policy in self.parts]

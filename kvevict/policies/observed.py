@@ -60,7 +60,7 @@ class Observed:
         queries = self.queries
         assert queries is not None
         W = queries.shape[2]
-        count = min(count, W)
+        count = min(count, W, self.keys.shape[2])
         if self.lengths is None:
             return queries[:, :, W - count :]
         # A request shorter than W has its queries in front; one shorter than `count` keeps padding behind them.

@@ -10,7 +10,7 @@ from kvevict.policies.observed import Observed
 
 
 class Tracker:
-    """Mass, last use and positions of one layer's cached tokens, in buffers that never grow.
+    """Mass, last use and positions of one layer's cached tokens, in buffers that grow only when told (`reserve`).
 
     The order of calls follows the cache's: `append` when tokens enter it, `observe` (a prompt or a chunk of one) or
     `attend` (a decode step) when queries read it, `compacted` or `overwrite` when tokens leave it.
@@ -36,6 +36,33 @@ class Tracker:
         self.step = 0
         self._most = 0  # a bound on the longest request, known without asking the device
 
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` tokens; buffers that are large enough stay where they are."""
+        missing = capacity - self.mass.shape[2]
+        if missing > 0:
+            self.mass, self.last_used, self.positions = (
+                torch.nn.functional.pad(state, (0, missing), value=empty) for state, empty in self._state()
+            )
+
+    def select_requests(self, requests: Tensor) -> None:
+        """Request i becomes what requests[i] was: beams that are reordered, a batch that is repeated or cut."""
+        self.mass, self.last_used, self.positions = (state.index_select(0, requests) for state, _ in self._state())
+        self.lengths, self.tokens_seen = self.lengths[requests], self.tokens_seen[requests]
+
+    def drop_last(self, count: int) -> None:
+        """The last `count` tokens of every request leave, as if they had never come."""
+        slots = torch.arange(self.mass.shape[2], device=self.mass.device)
+        self.lengths -= count
+        self.tokens_seen -= count
+        self._most -= count
+        gone = (slots >= self.lengths[:, None])[:, None]
+        for state, empty in self._state():
+            state.masked_fill_(gone, empty)
+
+    def _state(self) -> tuple[tuple[Tensor, float | int], ...]:
+        """The buffers, and what stands in them where there is no token."""
+        return (self.mass, 0.0), (self.last_used, -1), (self.positions, -1)
+
     def append(self, count: int | Tensor = 1) -> None:
         """`count` tokens (of each request; or a tensor [B], at most as many as its largest) enter behind the others.
 
@@ -58,7 +85,8 @@ class Tracker:
     def observe(self, queries: Tensor, keys: Tensor, *, scale: float | None = None, lse: Tensor | None = None) -> None:
         """Add the attention of a prompt's queries, or of a chunk's, to the mass: the last W of the cached tokens."""
         S, group = keys.shape[2], queries.shape[1] // keys.shape[1]
-        mass = ops.attention_mass(queries, keys, scale=scale, lse=lse, reduce="sum", lengths=self.lengths)
+        lengths = self.lengths.clamp(min=1)  # a request may be empty still
+        mass = ops.attention_mass(queries, keys, scale=scale, lse=lse, reduce="sum", lengths=lengths)
         self.mass[:, :, :S] += mass.clamp(min=0.0) / group  # -inf beyond a request's length
 
     def attend(
@@ -84,10 +112,11 @@ class Tracker:
         n = result.indices.shape[2]
         padding = result.indices < 0
         source = result.indices.clamp(min=0)
-        for state, empty in ((self.mass, 0.0), (self.last_used, -1), (self.positions, -1)):
+        for state, empty in self._state():
             state[:, :, :n] = state.gather(2, source).masked_fill(padding, empty)
             state[:, :, n:] = empty
-        self.lengths.copy_(result.lengths if result.lengths is not None else torch.full_like(self.lengths, n))
+        kept = torch.full_like(self.lengths, n) if result.lengths is None else result.lengths
+        self.lengths = torch.minimum(self.lengths, kept)
         self._most = n
 
     def overwrite(self, slots: Tensor) -> None:
@@ -102,6 +131,6 @@ class Tracker:
         S = keys.shape[2]
         known = dict(
             mass=self.mass[:, :, :S], last_used=self.last_used[:, :, :S], positions=self.positions[:, :, :S],
-            tokens_seen=self.tokens_seen, lengths=self.lengths,
+            tokens_seen=self.tokens_seen, lengths=self.lengths.clamp(min=1),
         )  # fmt: skip
         return Observed(keys=keys, **(known | more))

@@ -1,0 +1,239 @@
+"""EvictingCache: transformers' Cache, with every full-attention layer cut back to its budget."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from kvevict import validate
+from kvevict.hf.attention import NAME, SET_UP
+from kvevict.hf.layer import EvictingLayer, Eviction
+from kvevict.policies import Budget, KeyDiff, Policy, Uniform
+
+logger = logging.getLogger("kvevict")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of `EvictingCache.report`. Tokens are those of the longest request."""
+
+    layer: int
+    seen: int
+    kept: int
+    evicted: int
+    bytes: int
+    retained_mass: float | None  # share of attention mass that the last eviction kept, where the policy tracks it
+
+
+class EvictingCache(Cache):
+    """A drop-in cache for `generate` that keeps the tokens worth keeping.
+
+        cache = EvictingCache(model.config, KeyDiff(), keep=0.5)
+        model.generate(**inputs, past_key_values=cache)
+
+    Two modes. `keep` cuts the prompt, the first forward, once, after its attention. `budget` holds every layer at that
+    many tokens plus `interval` for ever: through a prompt in chunks (`prefill_chunk_size`), decoding, and later turns.
+
+    Positions go on from the tokens seen. Layers that do not grow (sliding window, linear attention) are left alone.
+
+    Policies that read queries or attention, batches with padding, and budgets that differ by layer need the model's
+    attention to be ours: `model.set_attn_implementation("kvevict")`; it computes what SDPA computes. Padding must be on
+    the left. Without it padding cannot be seen, and is taken for tokens.
+
+    Args:
+        config: the model's.
+        policy: what is worth keeping.
+        keep: a share (float in (0, 1]) or number (int) of the prompt's tokens; or a Budget, which shares it over layers.
+        budget: tokens per layer, or a Budget with an int keep.
+        interval: with `budget`, how many tokens a layer may hold beyond it: eviction runs once in so many steps.
+        pin: the first so many tokens, such as a system prompt, are always kept.
+        on_evict: called with an `Eviction` after each eviction in each layer.
+
+    Raises:
+        ValueError: not exactly one of keep and budget, or values out of range; a policy that reads hidden states.
+        ValueError, from the model's forward: the attention is not ours and has to be.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        policy: Policy | None = None,
+        *,
+        keep: int | float | Budget | None = None,
+        budget: int | Budget | None = None,
+        interval: int = 64,
+        pin: int = 0,
+        on_evict: Callable[[Eviction], None] | None = None,
+    ) -> None:
+        policy = KeyDiff() if policy is None else policy
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy is {policy!r}: expected a kvevict.policies.Policy")
+        if "hidden" in policy.needs:
+            raise ValueError(f"policy is {type(policy).__name__}: expected one that does not read hidden states")
+        if (keep is None) == (budget is None):
+            raise ValueError(f"keep is {keep} and budget is {budget}: expected exactly one of them")
+        validate.integer("interval", interval, 0)
+        validate.integer("pin", pin, 0)
+        if pin > policy.protected[0]:
+            policy = replace(policy, sink=pin)
+        self._config = config.get_text_config(decoder=True)
+        self._budget = self._as_budget(keep if budget is None else budget)
+        if budget is not None and (not isinstance(self._budget.keep, int) or self._budget.keep <= pin):
+            raise ValueError(f"budget is {self._budget.keep}: expected an int number of tokens, more than pin, {pin}")
+        self._user_on_evict = on_evict
+        self._retained: dict[int, Tensor] = {}
+
+        layers = DynamicCache(config=config).layers
+        full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if not full:
+            raise ValueError(f"config is of {self._config.model_type}, which has no full-attention layer to evict from")
+        shares = self._per_layer(len(full))
+        self._unequal = len(set(shares)) > 1
+        for i, share in zip(full, shares, strict=True):
+            layers[i] = EvictingLayer(
+                i, policy, share if budget is None else None, None if budget is None else share, interval,
+                self._attention_is_ours, self._noted,
+            )  # fmt: skip
+        super().__init__(layers=layers)
+        self._last_full = full[-1]
+
+    @staticmethod
+    def _as_budget(value: int | float | Budget | None) -> Budget:
+        if isinstance(value, Budget):
+            return value
+        assert value is not None
+        return Uniform(value)
+
+    def _per_layer(self, layers: int) -> list[int | float]:
+        if isinstance(self._budget, Uniform):
+            return [self._budget.keep] * layers
+        if isinstance(self._budget.keep, int):  # nothing says yet how many tokens there will be
+            return list(self._budget.per_layer(layers, 2**62))
+        whole = 1_000_000  # a share of every layer, to six digits
+        return [n / whole for n in self._budget.per_layer(layers, whole)]
+
+    def _attention_is_ours(self) -> bool:
+        return self._config._attn_implementation == NAME
+
+    def _noted(self, eviction: Eviction) -> None:
+        if eviction.retained_mass is not None:
+            self._retained[eviction.layer] = eviction.retained_mass
+        if eviction.layer == self._last_full:
+            logger.info("kept %d of %d tokens in layer %d", eviction.kept, eviction.before, eviction.layer)
+        if self._user_on_evict is not None:
+            self._user_on_evict(eviction)
+
+    def _evicting(self) -> list[EvictingLayer]:
+        return [layer for layer in self.layers if isinstance(layer, EvictingLayer)]
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        if self._unequal and not self._attention_is_ours():
+            raise ValueError(f"the layers' budgets differ, and one mask has to serve them all: call {SET_UP}")
+        if layer_idx > 0 and isinstance(self.layers[layer_idx - 1], EvictingLayer):
+            self.layers[layer_idx - 1].settle()  # its attention is done: its memory is free before this layer grows
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def settle(self) -> None:
+        """Evict in every layer where it is due, as the next use of the cache would."""
+        for layer in self._evicting():
+            layer.settle()
+
+    def report(self) -> list[LayerReport]:
+        """What each evicting layer has seen, kept and given up."""
+        self.settle()
+        reports = []
+        for layer in self._evicting():
+            kept = layer.keys.shape[2] if layer.is_initialized else 0
+            size = layer.keys.nbytes + layer.values.nbytes if layer.is_initialized else 0
+            retained = self._retained.get(layer.index)
+            reports.append(
+                LayerReport(
+                    layer.index,
+                    layer.tokens_seen,
+                    kept,
+                    layer.evicted,
+                    size,
+                    None if retained is None else float(retained),
+                )  # fmt: skip
+            )
+        return reports
+
+    def save_pretrained(self, folder: str | pathlib.Path) -> None:
+        """Write the compressed cache to a folder (safetensors), to answer later questions from.
+
+        Raises:
+            ValueError: nothing is cached; a layer that does not evict holds tokens (its window is not saved).
+        """
+        from safetensors.torch import save_file
+
+        self.settle()
+        folder = pathlib.Path(folder)
+        tensors, state = {}, {}
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, EvictingLayer):
+                raise ValueError(f"layer {i} is {layer!r}: expected only layers that evict; others cannot be saved")
+            if not layer.is_initialized:
+                raise ValueError("the cache is empty: expected a cache after a forward")
+            tensors[f"{i}.keys"], tensors[f"{i}.values"] = layer.keys.contiguous(), layer.values.contiguous()
+            if layer.lengths is not None:
+                tensors[f"{i}.lengths"] = layer.lengths
+            if layer.queries is not None:
+                tensors[f"{i}.queries"] = layer.queries
+            if layer.tracker is not None:
+                n = layer.keys.shape[2]
+                for name in ("mass", "last_used", "positions"):
+                    tensors[f"{i}.{name}"] = getattr(layer.tracker, name)[:, :, :n].contiguous()
+                tensors[f"{i}.tokens_seen"] = layer.tracker.tokens_seen
+                tensors[f"{i}.valid"] = layer.tracker.lengths
+            step = 0 if layer.tracker is None else layer.tracker.step
+            state[i] = dict(
+                tokens_seen=layer.tokens_seen, evicted=layer.evicted, compressed=layer._compressed, step=step
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, str(folder / "cache.safetensors"))
+        (folder / "cache.json").write_text(json.dumps({"format": 1, "layers": state}) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | pathlib.Path, config: Any, policy: Policy | None = None, *, device: Any = "cpu", **options
+    ) -> EvictingCache:
+        """Read what `save_pretrained` wrote; the other arguments as for a new cache.
+
+        Raises:
+            FileNotFoundError: no such cache. ValueError: of a model with other layers.
+        """
+        from safetensors.torch import load_file
+
+        from kvevict.policies import Tracker
+
+        cache = cls(config, policy, **options)
+        folder = pathlib.Path(folder)
+        state = json.loads((folder / "cache.json").read_text())["layers"]
+        tensors = load_file(str(folder / "cache.safetensors"), device=str(device))
+        if len(state) != len(cache.layers) or not all(isinstance(layer, EvictingLayer) for layer in cache.layers):
+            raise ValueError(f"{folder} has {len(state)} layers: expected {len(cache.layers)}, as the config has")
+        for i, layer in enumerate(cache._evicting()):
+            keys, values = tensors[f"{i}.keys"], tensors[f"{i}.values"]
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            layer.lengths, layer.queries = tensors.get(f"{i}.lengths"), tensors.get(f"{i}.queries")
+            layer.tokens_seen, layer.evicted = state[str(i)]["tokens_seen"], state[str(i)]["evicted"]
+            layer._compressed = state[str(i)]["compressed"]
+            if f"{i}.mass" in tensors:
+                B, H, n = tensors[f"{i}.mass"].shape
+                tracker = Tracker(B, H, n, keys.device)
+                tracker.append(n)
+                tracker.lengths, tracker.tokens_seen = tensors[f"{i}.valid"], tensors[f"{i}.tokens_seen"]
+                for name in ("mass", "last_used", "positions"):
+                    getattr(tracker, name).copy_(tensors[f"{i}.{name}"])
+                tracker.step = state[str(i)]["step"]
+                layer.tracker = tracker
+        return cache

@@ -1,0 +1,311 @@
+"""One layer of an EvictingCache: keys and values that are cut back to the tokens worth keeping.
+
+Tokens of a request lie in front, in order; behind them, in a batch of unequal requests, padding. Eviction follows the
+attention of the step that filled the layer: at once where our attention function runs (`attend`), else before the next
+use of the cache, because the tensors that `update` returned are still to be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from kvevict import ops
+from kvevict.hf.attention import SET_UP, hand_over, sdpa
+from kvevict.policies import Policy, Tracker
+
+TRACKED = {"mass", "last_used"}
+
+
+class Eviction(NamedTuple):
+    """One eviction in one layer."""
+
+    layer: int
+    before: int  # tokens (of the longest request)
+    kept: int
+    indices: Tensor  # [B, H, kept] int64: the slots that stayed, -1 for padding
+    retained_mass: Tensor | None  # scalar: share of the attention mass that the kept tokens had drawn, where known
+
+
+class EvictingLayer(DynamicLayer):
+    def __init__(
+        self,
+        index: int,
+        policy: Policy,
+        keep: int | float | None,
+        budget: int | None,
+        interval: int,
+        attention_is_ours: Callable[[], bool],
+        on_evict: Callable[[Eviction], None],
+    ) -> None:
+        super().__init__()
+        self.index, self.policy = index, policy
+        self.keep, self.budget, self.interval = keep, budget, interval
+        self._attention_is_ours, self._on_evict = attention_is_ours, on_evict
+        self._clear()
+
+    def _clear(self) -> None:
+        self.tokens_seen = 0  # by the longest request, left padding included: the next token's index
+        self.evicted = 0  # slots given up, of the longest request
+        self.lengths: Tensor | None = None  # [B]: valid tokens in front of each row; None: all
+        self.tracker: Tracker | None = None
+        self.queries: Tensor | None = None  # [B, Hq, ≤ window, D]: each request's last ones
+        self._query_count: Tensor | None = None  # [B]: how many they are, in a batch of unequal requests
+        self._compressed = False  # keep=: the prompt has been cut
+        self._unread = False  # update has returned keys that attention may still read
+        self._since_eviction = 0
+
+    # What transformers asks of a layer.
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.settle()
+        if not self._attention_is_ours():
+            self._refuse_if_watching()
+        new = key_states.shape[2]
+        self.tokens_seen += new
+        self._since_eviction += new
+        if self.lengths is None:
+            self.keys = torch.cat([self.keys, key_states], dim=2)
+            self.values = torch.cat([self.values, value_states], dim=2)
+        else:
+            self.keys = self._append_ragged(self.keys, key_states)
+            self.values = self._append_ragged(self.values, value_states)
+            self.lengths = self.lengths + new
+        self._unread = True
+        if self._attention_is_ours():
+            hand_over(self, self.keys)
+        return self.keys, self.values
+
+    def _append_ragged(self, cached: Tensor, new: Tensor) -> Tensor:
+        assert self.lengths is not None
+        B, H, count, width = new.shape
+        slots = self.lengths[:, None] + torch.arange(count, device=new.device)
+        grown = torch.cat([cached, torch.zeros_like(new)], dim=2)
+        return grown.scatter_(2, slots[:, None, :, None].expand(B, H, count, width), new)
+
+    def get_seq_length(self) -> int:
+        return self.tokens_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The cached tokens stand right before the new ones: every new query sees them all, and earlier new ones."""
+        self.settle()
+        cached = self.keys.shape[2] if self.is_initialized else 0
+        return cached + query_length, self.tokens_seen - cached
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, given as a negative number.
+
+        Raises:
+            ValueError: a positive number; tokens from before the last eviction that it did not protect.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove is {tokens_to_remove}: expected a negative number of tokens to remove")
+        count = -tokens_to_remove
+        if count == 0 or not self.is_initialized:
+            return
+        self.settle()  # so that all layers evict the same tokens, whether or not they did before this call
+        still_there = self._since_eviction + (self.policy.protected[1] if self.evicted else 0)
+        if count > min(still_there, self.keys.shape[2]):
+            raise ValueError(
+                f"tokens_to_remove is {tokens_to_remove}: expected at least -{still_there}, because tokens before "
+                "these have been evicted; a larger recent window protects more"
+            )
+        self.tokens_seen -= count
+        self._since_eviction = max(self._since_eviction - count, 0)
+        if self.lengths is not None:
+            self.lengths = self.lengths - count
+        self.keys, self.values = self.keys[:, :, :-count], self.values[:, :, :-count]
+        if self.tracker is not None:
+            self.tracker.drop_last(count)
+        self.queries = None if self.queries is None else self.queries[:, :, :-count]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select_requests(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._select_requests(torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            indices = torch.as_tensor(indices, device=self.keys.device)
+            self._select_requests(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def _select_requests(self, requests: Tensor) -> None:
+        self.settle()
+        if not self.is_initialized:
+            return
+        requests = requests.to(self.keys.device)
+        self.keys, self.values = self.keys.index_select(0, requests), self.values.index_select(0, requests)
+        self.lengths = None if self.lengths is None else self.lengths[requests]
+        self.queries = None if self.queries is None else self.queries.index_select(0, requests)
+        self._query_count = None if self._query_count is None else self._query_count[requests]
+        if self.tracker is not None:
+            self.tracker.select_requests(requests)
+
+    # Attention, when the model's attention function is ours.
+
+    def attend(self, module, query, key, value, attention_mask, scaling=None, **options) -> tuple[Tensor, None]:
+        """SDPA over this layer's tokens; then what the policy reads is noted, and tokens are evicted if it is time."""
+        new = query.shape[2]
+        first = self.tokens_seen == new
+        tracked = self._watching and self.policy.needs & TRACKED
+        is_token = self._new_tokens(attention_mask, new, first)
+        if tracked and not first and new == 1:
+            assert self.tracker is not None
+            self.tracker.reserve(key.shape[2])
+            self.tracker.append(1)
+            decay = getattr(self.policy, "decay", 1.0)
+            output = self.tracker.attend(query, key, value, scale=scaling, decay=decay).transpose(1, 2)
+        else:
+            mask = attention_mask if first else self._mask(attention_mask, is_token, query, key)
+            output, _ = sdpa(module, query, key, value, mask, scaling=scaling, **options)
+            if is_token is not None:
+                query = self._close_gaps(query, is_token)
+            if tracked:
+                self._track_prompt(query, is_token, scaling)
+        if self._watching and self.policy.window:
+            self._note_queries(query, is_token)
+        self._unread = False
+        self.settle()
+        return output, None
+
+    def _note_queries(self, query: Tensor, is_token: Tensor | None) -> None:
+        """Keep each request's last queries, as many as the policy reads: in front, padding behind them."""
+        B, _, new, _ = query.shape
+        window = self.policy.window
+        count = torch.full((B,), new, device=query.device) if is_token is None else is_token.sum(-1)
+        if self.queries is not None:
+            query = torch.cat([self.queries, query], dim=2)
+        if self.lengths is None:
+            self.queries = query[:, :, -window:].contiguous()
+            return
+        old = query.shape[2] - new
+        slots = torch.arange(query.shape[2], device=query.device)
+        old_count = 0 if self._query_count is None else self._query_count[:, None]
+        is_query = torch.where(slots < old, slots < old_count, slots - old < count[:, None])
+        total = is_query.sum(-1)
+        order = (~is_query).long().argsort(dim=-1, stable=True)
+        first = (total - window).clamp(min=0)[:, None]
+        order = order.gather(1, (first + torch.arange(min(window, len(slots)), device=query.device)))
+        self.queries = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        self._query_count = total.clamp(max=window)
+
+    def _new_tokens(self, mask: Tensor | None, new: int, first: bool) -> Tensor | None:
+        """[B, new] bool: which of the new slots hold a token, as the last query's row of transformers' mask shows; None:
+        all. Only a prompt can bring padding; there it costs one look at the mask from the host."""
+        if new == 1 or mask is None or mask.dtype != torch.bool or not (first or self.lengths is not None):
+            return None
+        is_token = mask[:, 0, -1, -new:]
+        return None if bool(is_token.all()) else is_token
+
+    def _holds_token(self, is_token: Tensor) -> Tensor:
+        """[B, S] bool: the slots of cached tokens, and of those of the new ones that are tokens."""
+        B, new = is_token.shape
+        slots = torch.arange(self.keys.shape[2], device=is_token.device)
+        before = torch.zeros(B, 1, dtype=torch.int64, device=is_token.device)
+        if self.lengths is not None:
+            before = (self.lengths - new)[:, None]
+        ago = slots - before
+        return (ago < 0) | ((ago < new) & is_token.gather(1, ago.clamp(0, new - 1)))
+
+    def _close_gaps(self, query: Tensor, is_token: Tensor) -> Tensor:
+        """Padding goes behind the tokens, in the cache and in the queries, which are returned."""
+        B, H, S = self.keys.shape[:3]
+        holds_token = self._holds_token(is_token)
+        self.lengths = holds_token.sum(-1)
+        order = (~holds_token).long().argsort(dim=-1, stable=True)
+        order = order.masked_fill(torch.arange(S, device=order.device) >= self.lengths[:, None], -1)
+        indices = order[:, None].expand(B, H, S)
+        self.keys, self.values = ops.compact(self.keys, self.values, indices, inplace=False)[:2]
+        order = (~is_token).long().argsort(dim=-1, stable=True)
+        return query.gather(2, order[:, None, :, None].expand_as(query))
+
+    def _mask(self, mask: Tensor | None, is_token: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+        """transformers' mask, made for another length or without our padding, put right for this layer's slots."""
+        new, slots = query.shape[2], key.shape[2]
+        if self.lengths is None:
+            if mask is None and new == 1:
+                return None
+            if mask is not None and mask.shape[-1] == slots:
+                return mask
+        ends = torch.full((query.shape[0],), slots, device=query.device) if self.lengths is None else self.lengths
+        own = (ends - new)[:, None] + torch.arange(new, device=query.device)  # each query's slot
+        slot = torch.arange(slots, device=query.device)
+        visible = slot <= own[:, :, None]
+        if is_token is not None:  # a query that is padding sees itself, so that no row is empty
+            visible &= self._holds_token(is_token)[:, None] | (slot == own[:, :, None])
+        return visible[:, None]
+
+    def _track_prompt(self, query: Tensor, is_token: Tensor | None, scaling: float | None) -> None:
+        B, H, S = self.keys.shape[:3]
+        if self.tracker is None:
+            self.tracker = Tracker(B, H, S, self.keys.device)
+        self.tracker.reserve(S)
+        self.tracker.append(query.shape[2] if is_token is None else is_token.sum(-1))
+        self.tracker.observe(query, self.keys, scale=scaling)
+
+    # Eviction.
+
+    @property
+    def _watching(self) -> bool:
+        """Whether there will be another eviction, for which queries and attention are noted."""
+        return self.keep is None or not self._compressed
+
+    def _refuse_if_watching(self) -> None:
+        if self.policy.needs and self._watching:
+            raise ValueError(
+                f"{type(self.policy).__name__} needs {', '.join(sorted(self.policy.needs))}: call {SET_UP}"
+            )
+
+    def _target(self) -> int | float | None:
+        """What to cut down to now; None: nothing is due."""
+        if self.keep is not None:
+            if self._compressed:
+                return None
+            return min(self.keep, self.keys.shape[2]) if isinstance(self.keep, int) else self.keep
+        assert self.budget is not None
+        return self.budget if self.keys.shape[2] > self.budget + self.interval else None
+
+    def settle(self) -> None:
+        """Evict if it is due. The attention that followed the last update has been computed (or queued) by now."""
+        if not self.is_initialized or self.keys.numel() == 0:
+            return
+        if self._unread:  # our attention function did not get these keys
+            self._refuse_if_watching()
+        self._unread = False
+        target = self._target()
+        if target is None:
+            return
+        before = self.keys.shape[2]
+        mass = None if self.tracker is None else self.tracker.mass.sum()
+        observed = {} if self.queries is None else {"queries": self.queries}
+        if self.tracker is None and self.lengths is not None:
+            observed["lengths"] = self.lengths.clamp(min=1)  # a chunk may have been all padding
+        # Out of place: the memory of what is evicted goes back to the allocator.
+        result = self.policy.compact(
+            self.keys, self.values, keep=target, tracker=self.tracker, inplace=False, layer=self.index, **observed
+        )
+        self.keys, self.values = result.keys, result.values
+        if self.lengths is not None:
+            self.lengths = torch.minimum(self.lengths, result.lengths)
+        self._compressed = True
+        self._since_eviction = 0
+        self.evicted += before - self.keys.shape[2]
+        retained = None
+        if mass is not None and self.tracker is not None:
+            retained = self.tracker.mass.sum() / mass
+        if not self._watching:
+            self.tracker = self.queries = None
+        self._on_evict(Eviction(self.index, before, self.keys.shape[2], result.indices, retained))

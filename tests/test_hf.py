@@ -1,0 +1,386 @@
+"""EvictingCache in transformers' generate: tiny models with random weights, of every family it promises to serve."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from conftest import DEVICE
+
+pytest.importorskip("transformers")
+
+import transformers
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import kvevict
+from kvevict.hf import EvictingCache
+from kvevict.policies import (
+    LRU,
+    NAMED,
+    TOVA,
+    AttentionMass,
+    Hybrid,
+    KeyDiff,
+    Learned,
+    Pyramid,
+    Recency,
+    SnapKV,
+    Uniform,
+)
+
+SET_UP = r'model\.set_attn_implementation\("kvevict"\)'
+
+
+@pytest.fixture(autouse=True)
+def reference_backend():
+    """The ops are tested against their kernels elsewhere; here the reference is faster than the interpreter."""
+    if DEVICE == "cpu":
+        with kvevict.backend("reference"):
+            yield
+    else:
+        yield
+
+
+def tiny(config_class=LlamaConfig, model_class=LlamaForCausalLM, seed=0, **options):
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=120, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=4096, pad_token_id=0, bos_token_id=None,
+                 eos_token_id=None)  # fmt: skip
+    model = model_class(config_class(**(sizes | options))).eval().to(DEVICE)
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from uniform attention, so that it matters what is kept
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def ours():
+    model = tiny()
+    model.set_attn_implementation("kvevict")
+    return model
+
+
+def prompt(length, batch=1, seed=0):
+    return torch.randint(1, 120, (batch, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def generate(model, ids, new=12, **options):
+    return model.generate(ids, max_new_tokens=new, do_sample=False, **options)
+
+
+def lengths(cache):
+    return [(layer.seen, layer.kept) for layer in cache.report()]
+
+
+@torch.no_grad()
+def by_hand(model, ids, policy, keep, new=12, **observed):
+    """Greedy decoding over a DynamicCache whose prompt was evicted outside, positions from the tokens seen."""
+    cache = DynamicCache()
+    logits = model(ids, past_key_values=cache).logits
+    shrunk = [policy.compact(x.keys, x.values, keep=keep, inplace=False, layer=i) for i, x in enumerate(cache.layers)]
+    cache = DynamicCache([(c.keys, c.values) for c in shrunk])
+    said = []
+    for step in range(new):
+        said.append(logits[:, -1:].argmax(-1))
+        position = torch.full_like(said[-1], ids.shape[1] + step)
+        logits = model(said[-1], past_key_values=cache, position_ids=position).logits
+    return torch.cat([ids, *said], 1)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_keeping_everything_changes_nothing(ours, plain, name):
+    ids = prompt(80)
+    expected = generate(plain, ids)
+    assert torch.equal(generate(ours, ids), expected)  # without our cache
+    for options in (dict(keep=1.0), dict(budget=500), dict(keep=500)):
+        cache = EvictingCache(ours.config, NAMED[name], **options)
+        assert torch.equal(generate(ours, ids, past_key_values=cache), expected)
+        assert lengths(cache) == [(91, 91)] * 3
+
+
+@pytest.mark.parametrize("policy", [KeyDiff(recent=8), Recency(recent=8)])
+@pytest.mark.parametrize("keep", [0.5, 0.2, 30])
+def test_the_prompt_is_cut_after_its_attention_and_positions_go_on(plain, ours, policy, keep):
+    ids = prompt(100)
+    expected = by_hand(plain, ids, policy, keep)
+    n = keep if isinstance(keep, int) else round(keep * 100)
+    for model in (plain, ours):
+        cache = EvictingCache(model.config, policy, keep=keep)
+        assert torch.equal(generate(model, ids, past_key_values=cache), expected)
+        assert lengths(cache) == [(111, n + 11)] * 3
+        assert [layer.evicted for layer in cache.report()] == [100 - n] * 3
+        assert not torch.equal(expected, generate(model, ids))
+
+
+@torch.no_grad()
+def test_memory_is_given_back(plain):
+    cache = EvictingCache(plain.config, KeyDiff(recent=8), keep=0.25)
+    plain(prompt(200), past_key_values=cache)
+    cache.settle()
+    for layer in cache.layers:
+        assert layer.keys.shape[2] == 50 and layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
+    assert sum(report.bytes for report in cache.report()) == 3 * 2 * 2 * 50 * 16 * 4
+
+
+def dense_mass(model, ids):
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        return [a[0].unflatten(0, (2, 2)) for a in model(ids, output_attentions=True).attentions]
+
+
+def test_policies_see_the_attention_that_eager_mode_shows(ours):
+    ids = prompt(120)
+    attentions = dense_mass(ours, ids)  # per layer [H, G, S, S]
+    for policy in (AttentionMass(recent=8, grace=8), SnapKV(recent=8), TOVA(recent=8)):
+        kept = []
+        cache = EvictingCache(ours.config, policy, keep=0.6, on_evict=lambda e, kept=kept: kept.append(e))
+        with torch.no_grad():
+            ours(ids, past_key_values=cache)
+        assert [e.layer for e in kept] == [0, 1, 2] and all(e.kept == 72 and e.before == 120 for e in kept)
+        for eviction, w in zip(kept, attentions, strict=True):
+            if isinstance(policy, AttentionMass):
+                scores = w.sum(2).mean(1) / torch.arange(120, 0, -1, device=DEVICE)
+                share = (w.sum(2).mean(1).gather(1, eviction.indices[0]).sum() / w.sum(2).mean(1).sum()).item()
+                assert eviction.retained_mass.item() == pytest.approx(share, rel=1e-3)
+            elif isinstance(policy, SnapKV):
+                votes = w[:, :, -64:, :-64].mean(2)
+                votes = torch.nn.functional.avg_pool1d(votes, 5, stride=1, padding=2).mean(1)
+                scores = torch.nn.functional.pad(votes, (0, 64))
+            else:
+                scores = w[:, :, -1].mean((0, 1)).expand(2, -1)
+            expected = kvevict.topk_indices(scores[None].contiguous(), 72, sink=4, recent=policy.protected[1])
+            assert (expected != eviction.indices).float().mean() < 0.02  # rounding may swap neighbours
+
+
+@pytest.mark.parametrize("policy", [KeyDiff(recent=8), AttentionMass(recent=8, grace=8), LRU(recent=8), SnapKV(),
+                                    Hybrid(recent=8)], ids=lambda p: type(p).__name__)  # fmt: skip
+def test_a_budget_holds_for_ever(ours, policy):
+    """Through a prompt in chunks, decoding and further turns; the most that a layer ever holds is budget + interval,
+    and a chunk while it passes."""
+    most = []
+    cache = EvictingCache(ours.config, policy, budget=96, interval=16, on_evict=lambda e: most.append(e.before))
+    text = generate(ours, prompt(400), new=60, past_key_values=cache, prefill_chunk_size=64)
+    for turn in range(3):
+        assert max(kept for _, kept in lengths(cache)) <= 96 + 16
+        assert {seen for seen, _ in lengths(cache)} == {text.shape[1] - 1}
+        text = generate(ours, torch.cat([text, prompt(50, seed=turn)], 1), new=40, past_key_values=cache)
+    assert max(most) <= 96 + 16 + 64 and len(most) > 3 * 10
+    assert {seen for seen, _ in lengths(cache)} == {text.shape[1] - 1}
+
+
+def test_a_budget_on_a_model_that_is_not_set_up(plain, ours):
+    options = dict(budget=40, interval=8)
+    caches = [EvictingCache(model.config, KeyDiff(recent=8), **options) for model in (plain, ours)]
+    a, b = (generate(m, prompt(150), new=60, past_key_values=c, prefill_chunk_size=32)
+            for m, c in zip((plain, ours), caches, strict=True))  # fmt: skip
+    assert torch.equal(a, b) and lengths(caches[0]) == lengths(caches[1])
+
+
+@torch.no_grad()
+def test_a_chunk_sees_the_kept_tokens_and_its_own_past(plain):
+    """Token by token or in one chunk, after an eviction: the same logits."""
+    results = []
+    for pieces in (1, 7):
+        cache = EvictingCache(plain.config, KeyDiff(recent=8), keep=0.3)
+        plain(prompt(100), past_key_values=cache)
+        logits = [plain(part, past_key_values=cache).logits for part in prompt(7, seed=4).split(7 // pieces, dim=1)]
+        results.append(torch.cat(logits, 1))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+BATCH = [30, 80, 55]
+
+
+def padded():
+    ids = torch.zeros(3, 80, dtype=torch.long, device=DEVICE)
+    mask = torch.zeros_like(ids)
+    for b, length in enumerate(BATCH):
+        ids[b, 80 - length :] = prompt(length, seed=b)[0]
+        mask[b, 80 - length :] = 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("chunk", [None, 32])
+@pytest.mark.parametrize("mode", [dict(keep=0.5), dict(budget=48, interval=8), dict(keep=1.0), dict(keep=Pyramid(0.5))],
+                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("policy", [KeyDiff(recent=8), AttentionMass(recent=8, grace=8), TOVA(recent=8),
+                                    Hybrid(recent=8)], ids=lambda p: type(p).__name__)  # fmt: skip
+def test_each_request_of_a_padded_batch_is_as_if_alone(ours, policy, mode, chunk):
+    if chunk and "budget" not in mode:
+        pytest.skip("keep= cuts the first forward")
+    ids, mask = padded()
+    cache = EvictingCache(ours.config, policy, **mode)
+    together = generate(ours, ids, attention_mask=mask, past_key_values=cache, new=24)
+    if chunk:
+        cache = EvictingCache(ours.config, policy, **mode)
+        generate(ours, ids, attention_mask=mask, past_key_values=cache, new=24, prefill_chunk_size=chunk)
+        assert max(kept for _, kept in lengths(cache)) <= 48 + 8
+        return  # chunks of a padded row begin elsewhere than those of the same row alone
+    for b, length in enumerate(BATCH):
+        alone = EvictingCache(ours.config, policy, **mode)
+        expected = generate(ours, prompt(length, seed=b), past_key_values=alone, new=24)
+        if "budget" in mode and length < 80:  # alone, a shorter request evicts later than beside a longer one
+            continue
+        assert torch.equal(together[b, 80 - length :], expected[0]), (b, policy)
+        if mode == dict(keep=0.5):
+            n = (length + 1) // 2
+            assert [layer.lengths[b].item() for layer in cache.layers] == [n + 23] * 3
+
+
+def test_sampling_beams_and_several_sequences(ours, plain):
+    ids = prompt(80)
+    for options in (
+        dict(num_beams=3, do_sample=False), dict(num_beams=4, num_return_sequences=2, do_sample=False),
+        dict(do_sample=True, num_return_sequences=3), dict(do_sample=True, top_k=5),
+    ):  # fmt: skip
+        results = []
+        for cache in (DynamicCache(), EvictingCache(ours.config, KeyDiff(), keep=1.0)):
+            torch.manual_seed(1)
+            results.append(ours.generate(ids, max_new_tokens=10, past_key_values=cache, **options))
+        assert torch.equal(*results), options
+        for policy in (KeyDiff(), Hybrid()):
+            cache = EvictingCache(ours.config, policy, budget=40, interval=4)
+            out = ours.generate(ids, max_new_tokens=20, past_key_values=cache, **options)
+            assert out.shape[1] == 100 and max(kept for _, kept in lengths(cache)) <= 44
+
+
+def test_assisted_decoding(plain):
+    """Candidates that are rejected are cropped; eviction does not change that they are the model's own words."""
+    ids, assistant = prompt(90), tiny(seed=5)
+    cache = EvictingCache(plain.config, KeyDiff(), keep=0.5)
+    alone = generate(plain, ids, new=20, past_key_values=cache)
+    cache = EvictingCache(plain.config, KeyDiff(), keep=0.5)
+    assisted = generate(plain, ids, new=20, past_key_values=cache, assistant_model=assistant)
+    assert assisted.shape == alone.shape
+    cache = EvictingCache(plain.config, KeyDiff(), budget=60, interval=8)
+    assert generate(plain, ids, new=20, past_key_values=cache, assistant_model=assistant).shape == (1, 110)
+
+
+@torch.no_grad()
+def test_crop(plain):
+    cache = EvictingCache(plain.config, KeyDiff(recent=8), keep=0.5)
+    plain(prompt(100), past_key_values=cache)
+    first = plain(prompt(5, seed=1), past_key_values=cache).logits
+    cache.crop(-5)
+    assert lengths(cache) == [(100, 50)] * 3
+    torch.testing.assert_close(plain(prompt(5, seed=1), past_key_values=cache).logits, first)
+    cache.crop(-9)  # into the recent tokens of the prompt, which eviction protects
+    assert lengths(cache) == [(96, 46)] * 3
+    with pytest.raises(ValueError, match="tokens_to_remove is -20"):
+        cache.crop(-20)
+    with pytest.raises(ValueError, match="tokens_to_remove is 3"):
+        cache.crop(3)
+
+
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, dict(sliding_window=None)),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, dict(head_dim=16)),
+    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM, {}),
+    "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM,
+               dict(head_dim=16, sliding_window=24, num_hidden_layers=4,
+                    layer_types=["sliding_attention", "full_attention"] * 2)),
+    "gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM,
+                dict(head_dim=16, sliding_window=24, num_hidden_layers=4, num_local_experts=2, num_experts_per_tok=1,
+                     layer_types=["sliding_attention", "full_attention"] * 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family):
+    config, model_class, options = FAMILIES[family]
+    model = tiny(config, model_class, **options)
+    ids = prompt(70)
+    expected = generate(model, ids)
+    full = [i for i, kind in enumerate(options.get("layer_types", ["full_attention"] * 3)) if kind == "full_attention"]
+    assert torch.equal(generate(model, ids, past_key_values=EvictingCache(model.config, keep=1.0)), expected)
+    cache = EvictingCache(model.config, KeyDiff(recent=8), keep=0.5)
+    out = generate(model, ids, past_key_values=cache)
+    assert out.shape == expected.shape and [layer.layer for layer in cache.report()] == full
+    assert [(layer.seen, layer.kept) for layer in cache.report()] == [(81, 46)] * len(full)
+    if family == "gpt_oss":
+        return  # its attention has sinks of its own, which SDPA does not compute
+    before = model.config._attn_implementation
+    model.set_attn_implementation("kvevict")
+    assert torch.equal(generate(model, ids, past_key_values=EvictingCache(model.config, keep=1.0)), expected)
+    cache = EvictingCache(model.config, Hybrid(recent=8), budget=40, interval=4)
+    assert generate(model, ids, past_key_values=cache).shape == expected.shape
+    assert [layer.layer for layer in cache.report()] == full and all(layer.kept <= 44 for layer in cache.report())
+    model.set_attn_implementation(before)
+
+
+def test_what_has_to_be_set_up_is_said(plain):
+    for policy in (SnapKV(), AttentionMass(), LRU(), Hybrid()):
+        with pytest.raises(ValueError, match=SET_UP):
+            generate(plain, prompt(40), past_key_values=EvictingCache(plain.config, policy, keep=0.5))
+    with pytest.raises(ValueError, match=SET_UP):
+        generate(plain, prompt(40), past_key_values=EvictingCache(plain.config, keep=Pyramid(0.5)))
+
+
+def test_bad_arguments_are_named(plain):
+    for options, match in [
+        (dict(), "keep is None and budget is None"), (dict(keep=0.5, budget=9), "keep is 0.5 and budget is 9"),
+        (dict(keep=1.5), "keep is 1.5"), (dict(budget=0.5), "budget is 0.5"), (dict(budget=0), "keep is 0"),
+        (dict(budget=10, pin=10), "more than pin"), (dict(keep=0.5, interval=-1), "interval is -1"),
+        (dict(keep=0.5, pin=True), "pin is True"), (dict(keep=0.5, policy="keydiff"), "policy is 'keydiff'"),
+    ]:  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=match):
+            EvictingCache(plain.config, **options)
+    weights = tuple(torch.zeros(*shape) for shape in ((2, 64), (2,), (1, 2), (1,)))
+    with pytest.raises(ValueError, match="Learned"):
+        EvictingCache(plain.config, Learned(layers=(weights,)), keep=0.5)
+
+
+def test_a_pinned_prefix_stays_whole(ours):
+    evictions = []
+    cache = EvictingCache(ours.config, KeyDiff(recent=8), budget=60, interval=4, pin=30, on_evict=evictions.append)
+    generate(ours, prompt(150), new=60, past_key_values=cache)
+    assert len(evictions) > 3
+    for eviction in evictions:
+        assert (eviction.indices[:, :, :30] == torch.arange(30, device=DEVICE)).all()
+
+
+def test_evictions_are_logged(plain, caplog):
+    with caplog.at_level(logging.INFO, logger="kvevict"):
+        generate(plain, prompt(100), past_key_values=EvictingCache(plain.config, keep=0.5))
+    assert [record.getMessage() for record in caplog.records] == ["kept 50 of 100 tokens in layer 2"]
+
+
+@pytest.mark.parametrize("policy", [KeyDiff(recent=8), Hybrid(recent=8)], ids=lambda p: type(p).__name__)
+def test_saved_caches_answer_as_before(ours, policy, tmp_path):
+    pytest.importorskip("safetensors")
+    context = prompt(120)
+    for mode in (dict(keep=0.4), dict(budget=50, interval=4)):
+        cache = EvictingCache(ours.config, policy, **mode)
+        with torch.no_grad():
+            ours(context, past_key_values=cache)
+        cache.save_pretrained(tmp_path / "cache")
+        for seed in (1, 2):  # many questions of one context
+            text = torch.cat([context, prompt(6, seed=seed)], 1)
+            expected = generate(ours, text, past_key_values=copy.deepcopy(cache))
+            loaded = EvictingCache.from_pretrained(tmp_path / "cache", ours.config, policy, device=DEVICE, **mode)
+            assert lengths(loaded) == lengths(cache)
+            assert torch.equal(generate(ours, text, past_key_values=loaded), expected)
+    with pytest.raises(ValueError, match="empty"):
+        EvictingCache(ours.config, policy, keep=0.5).save_pretrained(tmp_path / "none")
+
+
+def test_reset_and_uniform_budget(plain):
+    cache = EvictingCache(plain.config, keep=Uniform(0.5))
+    first = generate(plain, prompt(80), past_key_values=cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and torch.equal(generate(plain, prompt(80), past_key_values=cache), first)
+
+
+def test_nothing_is_left_behind(ours):
+    generate(ours, prompt(60), past_key_values=EvictingCache(ours.config, Hybrid(), keep=0.5))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in ours.modules())
+    assert type(ours).forward is LlamaForCausalLM.forward
