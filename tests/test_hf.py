@@ -380,6 +380,20 @@ def test_reset_and_uniform_budget(plain):
     assert cache.get_seq_length() == 0 and torch.equal(generate(plain, prompt(80), past_key_values=cache), first)
 
 
+@pytest.mark.parametrize("policy", [KeyDiff(recent=8), Hybrid(recent=8), SnapKV()], ids=lambda p: type(p).__name__)
+def test_forwards_with_gradients_on_work_as_without(ours, policy):
+    results = []
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            cache = EvictingCache(ours.config, policy, budget=72, interval=4)
+            logits = ours(prompt(100), past_key_values=cache).logits
+            assert logits.requires_grad == grad
+            for step in range(6):
+                logits = ours(prompt(1, seed=step), past_key_values=cache).logits
+        results.append(logits.detach())
+    assert torch.equal(*results)
+
+
 def test_nothing_is_left_behind(ours):
     generate(ours, prompt(60), past_key_values=EvictingCache(ours.config, Hybrid(), keep=0.5))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in ours.modules())

@@ -15,7 +15,7 @@ from torch import Tensor
 NAME = "kvevict"
 SET_UP = f'model.set_attn_implementation("{NAME}")'
 
-# A model calls cache.update(...) and then attention with the keys that it returned: that is how the two find each other.
+# A model calls cache.update(...), then attention with the keys that it returned: that is how the two find each other.
 _last = threading.local()
 
 

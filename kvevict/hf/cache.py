@@ -51,7 +51,7 @@ class EvictingCache(Cache):
     Args:
         config: the model's.
         policy: what is worth keeping.
-        keep: a share (float in (0, 1]) or number (int) of the prompt's tokens; or a Budget, which shares it over layers.
+        keep: a share (float in (0, 1]) or number (int) of the prompt's tokens, or a Budget, which shares it out.
         budget: tokens per layer, or a Budget with an int keep.
         interval: with `budget`, how many tokens a layer may hold beyond it: eviction runs once in so many steps.
         pin: the first so many tokens, such as a system prompt, are always kept.
@@ -98,10 +98,10 @@ class EvictingCache(Cache):
         shares = self._per_layer(len(full))
         self._unequal = len(set(shares)) > 1
         for i, share in zip(full, shares, strict=True):
+            target: dict[str, Any] = {"keep": share} if budget is None else {"budget": share}
             layers[i] = EvictingLayer(
-                i, policy, share if budget is None else None, None if budget is None else share, interval,
-                self._attention_is_ours, self._noted,
-            )  # fmt: skip
+                i, policy, interval, attention_is_ours=self._attention_is_ours, on_evict=self._noted, **target
+            )
         super().__init__(layers=layers)
         self._last_full = full[-1]
 
@@ -137,8 +137,9 @@ class EvictingCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         if self._unequal and not self._attention_is_ours():
             raise ValueError(f"the layers' budgets differ, and one mask has to serve them all: call {SET_UP}")
-        if layer_idx > 0 and isinstance(self.layers[layer_idx - 1], EvictingLayer):
-            self.layers[layer_idx - 1].settle()  # its attention is done: its memory is free before this layer grows
+        before = self.layers[layer_idx - 1] if layer_idx > 0 else None
+        if isinstance(before, EvictingLayer):
+            before.settle()  # its attention is done: its memory is free before this layer grows
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def settle(self) -> None:

@@ -8,7 +8,7 @@ use of the cache, because the tensors that `update` returned are still to be rea
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,13 +32,17 @@ class Eviction(NamedTuple):
 
 
 class EvictingLayer(DynamicLayer):
+    keys: Tensor  # type: ignore[assignment]  # [B, H, n, D] once there is a token
+    values: Tensor  # type: ignore[assignment]
+
     def __init__(
         self,
         index: int,
         policy: Policy,
-        keep: int | float | None,
-        budget: int | None,
         interval: int,
+        *,
+        keep: int | float | None = None,
+        budget: int | None = None,
         attention_is_ours: Callable[[], bool],
         on_evict: Callable[[Eviction], None],
     ) -> None:
@@ -99,7 +103,7 @@ class EvictingLayer(DynamicLayer):
         return cached + query_length, self.tokens_seen - cached
 
     def reset(self) -> None:
-        self.keys = self.values = None
+        del self.keys, self.values
         self.is_initialized = False
         self._clear()
 
@@ -167,16 +171,18 @@ class EvictingLayer(DynamicLayer):
             self.tracker.reserve(key.shape[2])
             self.tracker.append(1)
             decay = getattr(self.policy, "decay", 1.0)
-            output = self.tracker.attend(query, key, value, scale=scaling, decay=decay).transpose(1, 2)
+            output = self.tracker.attend(*(x.detach() for x in (query, key, value)), scale=scaling, decay=decay)
+            output = output.transpose(1, 2)
         else:
             mask = attention_mask if first else self._mask(attention_mask, is_token, query, key)
             output, _ = sdpa(module, query, key, value, mask, scaling=scaling, **options)
+            query = query.detach()  # what follows is bookkeeping, where gradients are on too
             if is_token is not None:
                 query = self._close_gaps(query, is_token)
             if tracked:
                 self._track_prompt(query, is_token, scaling)
         if self._watching and self.policy.window:
-            self._note_queries(query, is_token)
+            self._note_queries(query.detach(), is_token)
         self._unread = False
         self.settle()
         return output, None
@@ -203,8 +209,8 @@ class EvictingLayer(DynamicLayer):
         self._query_count = total.clamp(max=window)
 
     def _new_tokens(self, mask: Tensor | None, new: int, first: bool) -> Tensor | None:
-        """[B, new] bool: which of the new slots hold a token, as the last query's row of transformers' mask shows; None:
-        all. Only a prompt can bring padding; there it costs one look at the mask from the host."""
+        """[B, new] bool: which of the new slots hold a token, as the last query's row of transformers' mask shows; None
+        means all. Only a prompt can bring padding; there it costs one look at the mask from the host."""
         if new == 1 or mask is None or mask.dtype != torch.bool or not (first or self.lengths is not None):
             return None
         is_token = mask[:, 0, -1, -new:]
@@ -228,7 +234,7 @@ class EvictingLayer(DynamicLayer):
         order = (~holds_token).long().argsort(dim=-1, stable=True)
         order = order.masked_fill(torch.arange(S, device=order.device) >= self.lengths[:, None], -1)
         indices = order[:, None].expand(B, H, S)
-        self.keys, self.values = ops.compact(self.keys, self.values, indices, inplace=False)[:2]
+        self.keys, self.values = ops.compact(self.keys.detach(), self.values.detach(), indices, inplace=False)[:2]
         order = (~is_token).long().argsort(dim=-1, stable=True)
         return query.gather(2, order[:, None, :, None].expand_as(query))
 
@@ -254,7 +260,7 @@ class EvictingLayer(DynamicLayer):
             self.tracker = Tracker(B, H, S, self.keys.device)
         self.tracker.reserve(S)
         self.tracker.append(query.shape[2] if is_token is None else is_token.sum(-1))
-        self.tracker.observe(query, self.keys, scale=scaling)
+        self.tracker.observe(query, self.keys.detach(), scale=scaling)
 
     # Eviction.
 
@@ -290,15 +296,22 @@ class EvictingLayer(DynamicLayer):
             return
         before = self.keys.shape[2]
         mass = None if self.tracker is None else self.tracker.mass.sum()
-        observed = {} if self.queries is None else {"queries": self.queries}
+        observed: dict[str, Any] = {} if self.queries is None else {"queries": self.queries}
         if self.tracker is None and self.lengths is not None:
             observed["lengths"] = self.lengths.clamp(min=1)  # a chunk may have been all padding
         # Out of place: the memory of what is evicted goes back to the allocator.
         result = self.policy.compact(
-            self.keys, self.values, keep=target, tracker=self.tracker, inplace=False, layer=self.index, **observed
+            self.keys.detach(),
+            self.values.detach(),
+            keep=target,
+            tracker=self.tracker,
+            inplace=False,
+            layer=self.index,
+            **observed,
         )
         self.keys, self.values = result.keys, result.values
         if self.lengths is not None:
+            assert result.lengths is not None
             self.lengths = torch.minimum(self.lengths, result.lengths)
         self._compressed = True
         self._since_eviction = 0

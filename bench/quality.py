@@ -1,0 +1,263 @@
+"""`python -m bench.quality`: what a model still knows after its cache was shrunk, for every policy and share.
+
+Tasks: a hidden fact; four facts, of which one is asked; a lookup in a list of pairs; the loss of the text's next 64
+tokens. The cache is shrunk before the question is seen (unseen), or with the question in it (seen). Every sample is
+read once; its cache is copied, evicted and asked for every policy and share, all policies of a share in one batch.
+Positions go on from the tokens seen; the answer is teacher-forced, so a loss is that of every answer token given the
+right ones before it, and a hit means that each of them was the likeliest.
+
+Samples are appended to bench/results/<device>/quality-<tokens>.jsonl as they are done, and not done again; the table
+(.md), the summary (.json) and the plot (.png) are made from that file.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import random
+import statistics
+
+import torch
+
+import kvevict
+from kvevict import demo, models, ops
+from kvevict.policies import NAMED, TOVA, AttentionMass, Hybrid, KeyDiff, Observed
+
+KEEPS = (0.8, 0.5, 0.25, 0.1)
+POLICIES = {
+    **NAMED,
+    "keydiff, unprotected": KeyDiff(sink=0, recent=0),
+    "keydiff, sinks only": KeyDiff(recent=0),
+    "attention + keydiff": Hybrid(parts=((0.5, AttentionMass()), (0.5, KeyDiff()))),
+    "tova + keydiff": Hybrid(parts=((0.5, TOVA()), (0.5, KeyDiff())), heads="shared"),
+}
+TASKS = ("fact", "facts", "lookup", "continuation")
+CITIES = (
+    "Paris London Berlin Madrid Rome Vienna Prague Dublin Oslo Athens Lisbon Warsaw Chicago Boston Denver Seattle"
+).split()
+WORDS = (
+    "apple river stone cloud tiger maple ocean candle violin ladder copper garden window falcon pepper anchor".split()
+)
+
+
+def build(task, sample, tokenizer, text, tokens):
+    """(context, question, answer) ids of one sample; the same for the same arguments."""
+    rng = random.Random(f"{task} {sample} {tokens}")
+
+    def ids(words):
+        return tokenizer(words, add_special_tokens=False)["input_ids"]
+
+    def number():
+        return str(rng.randrange(10000, 100000))
+
+    start = rng.randrange(len(text) - tokens - 64)
+    if task == "continuation":
+        body = text[start : start + tokens + 64]
+        return body[:tokens], body[tokens : tokens + 1], body[tokens + 1 :]
+    if task == "lookup":
+        keys, values = rng.sample(WORDS, 8), rng.sample(CITIES, 8)
+        hidden = [ids("\n\n" + "".join(f"{k}: {v}\n" for k, v in zip(keys, values, strict=True)) + "\n")]
+        which = rng.randrange(8)
+        question, answer = f"\n\nFrom the list above:\n{keys[which]}:", f" {values[which]}"
+    else:
+        cities = rng.sample(CITIES, 1 if task == "fact" else 4)
+        numbers = [number() for _ in cities]
+        hidden = [ids(f" The magic number of {c} is {n}. ") for c, n in zip(cities, numbers, strict=True)]
+        which = rng.randrange(len(cities))
+        city = cities[which]
+        question = f"\n\nQuestion: what is the magic number of {city}?\nAnswer: the magic number of {city} is"
+        answer = f" {numbers[which]}"
+    room = tokens - sum(map(len, hidden))
+    body = text[start : start + room]
+    places = sorted(rng.uniform(0.1, 0.9) for _ in hidden)
+    context, done = [], 0
+    for place, piece in zip(places, hidden, strict=True):
+        context += body[done : int(place * room)] + piece
+        done = int(place * room)
+    return context + body[done:], ids(question), ids(answer)
+
+
+@torch.no_grad()
+def ask(model, caches, seen, new, answer):
+    """(loss, hit) of each of several equally long caches, stacked: [(keys [P, H, n, D], values)] per layer."""
+    from transformers import DynamicCache
+
+    count = caches[0][0].shape[0]
+    ids = torch.tensor([new + answer], device=model.device).expand(count, -1)
+    positions = torch.arange(seen, seen + ids.shape[1], device=model.device)[None]
+    cache = DynamicCache(caches)
+    logits = model(ids, past_key_values=cache, position_ids=positions, logits_to_keep=len(answer) + 1).logits[:, :-1]
+    target = ids[:, -len(answer) :, None]
+    losses = -logits.float().log_softmax(-1).gather(-1, target)[..., 0]
+    hits = (logits.argmax(-1) == target[..., 0]).all(-1)
+    return list(zip(losses.mean(-1).tolist(), hits.tolist(), strict=True))
+
+
+def evaluate(model, layers, captured, policies, seen, new, answer):
+    """{policy: {keep: (loss, hit)}} after evicting these layers; "whole" for the whole cache."""
+    needs = frozenset().union(*(policy.needs for policy in policies.values()))
+    observed = demo.observe(layers, captured, needs, lambda n: None)
+    results = {"whole": {"1.0": ask(model, layers, seen, new, answer)[0]}}
+    scores = {}  # of every policy and layer: the same for every share
+    for name, policy in policies.items():
+        scores[name] = [
+            policy.scores(Observed(keys=k, **{f: v for f, v in o.items() if f != "hidden"}))
+            for (k, _), o in zip(layers, observed, strict=True)
+        ]
+    for keep in KEEPS:
+        kept = [[] for _ in layers]
+        for name, policy in policies.items():
+            n = max(1, math.floor(keep * layers[0][0].shape[2] + 0.5))
+            sink = min(policy.protected[0], n)
+            recent = min(policy.protected[1], n - sink)
+            for layer, (k, v) in enumerate(layers):
+                rows = scores[name][layer]
+                rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+                indices = ops.topk_indices(rows, keep, sink=sink, recent=recent, heads=policy.heads)
+                kept[layer].append(ops.compact(k, v, indices, inplace=False)[:2])
+        stacked = [tuple(torch.cat(side) for side in zip(*pairs, strict=True)) for pairs in kept]
+        for name, result in zip(policies, ask(model, stacked, seen, new, answer), strict=True):
+            results.setdefault(name, {})[str(keep)] = result
+    return results
+
+
+@torch.no_grad()
+def run_sample(model, context, question, answer, both):
+    """Results without, and with (`both`), the question in the cache that is evicted."""
+    from transformers import DynamicCache
+
+    layers, captured = demo.prefill(model, torch.tensor([context], device=model.device), lambda n: None)
+    results = {"unseen": evaluate(model, layers, captured, POLICIES, len(context), question, answer)}
+    if both:
+        cache = DynamicCache(layers)
+        with models.capture(model) as more:
+            model(torch.tensor([question[:-1]], device=model.device), past_key_values=cache, logits_to_keep=1)
+        for noted, added in ((captured.queries, more.queries), (captured.hidden, more.hidden)):
+            for layer in noted:
+                noted[layer] += added[layer]
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        seen = len(context) + len(question) - 1
+        results["seen"] = evaluate(model, layers, captured, POLICIES, seen, question[-1:], answer)
+    return results
+
+
+def summary(lines):
+    """[{task, mode, policy, keep, loss, loss_error, hits, samples}] from the samples' lines."""
+    cells = {}
+    for line in lines:
+        for mode, policies in line["results"].items():
+            for policy, keeps in policies.items():
+                for keep, (loss, hit) in keeps.items():
+                    cells.setdefault((line["task"], mode, policy, float(keep)), []).append((loss, hit))
+    rows = []
+    for (task, mode, policy, keep), found in cells.items():
+        losses, hits = [loss for loss, _ in found], [hit for _, hit in found]
+        error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else float("nan")
+        rows.append(dict(task=task, mode=mode, policy=policy, keep=keep, loss=statistics.mean(losses),
+                         loss_error=error, hits=statistics.mean(hits), samples=len(found)))  # fmt: skip
+    return rows
+
+
+def table(rows, caption):
+    lines = [
+        caption,
+        "",
+        "Mean loss in nats per answer token ± standard error, and the share of answers that are right.",
+        "",
+    ]
+    for task, mode in dict.fromkeys((row["task"], row["mode"]) for row in rows):
+        cells = {(r["policy"], r["keep"]): r for r in rows if (r["task"], r["mode"]) == (task, mode)}
+        whole = cells["whole", 1.0]
+        lines += [f"## {task}, question {mode}", "",
+                  f"{whole['samples']} samples; whole cache: {whole['loss']:.2f} ± {whole['loss_error']:.2f}, "
+                  f"{whole['hits']:.0%}", "",
+                  "| policy | " + " | ".join(f"keep {keep:g}" for keep in KEEPS) + " |",
+                  "|" + " --- |" * (len(KEEPS) + 1)]  # fmt: skip
+        for policy in dict.fromkeys(p for p, _ in cells if p != "whole"):
+            shown = [cells[policy, keep] for keep in KEEPS]
+            texts = [f"{c['loss']:.2f} ± {c['loss_error']:.2f}, {c['hits']:.0%}" for c in shown]
+            lines.append(f"| {policy} | " + " | ".join(texts) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(rows, caption, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = list(dict.fromkeys((row["task"], row["mode"]) for row in rows))
+    columns = 4
+    with plt.style.context("tableau-colorblind10"):
+        height = math.ceil(len(panels) / columns)
+        figure, axes = plt.subplots(height, columns, figsize=(14, 3.4 * height), layout="constrained", squeeze=False)
+        for axis, (task, mode) in zip(axes.flat, panels, strict=False):
+            cells = [row for row in rows if (row["task"], row["mode"]) == (task, mode)]
+            whole = next(row for row in cells if row["policy"] == "whole")
+            for policy, marker in zip(POLICIES, "osv^D<>PXp*h8", strict=False):
+                line = sorted((r for r in cells if r["policy"] == policy), key=lambda r: r["keep"])
+                axis.errorbar([r["keep"] for r in line] + [1.0], [r["loss"] for r in line] + [whole["loss"]],
+                              [r["loss_error"] for r in line] + [0], marker=marker, markersize=4, linewidth=1,
+                              label=policy)  # fmt: skip
+            axis.set(title=f"{task}, question {mode}", xlabel="share of the cache kept", ylabel="loss (nats/token)")
+        for axis in list(axes.flat)[len(panels) :]:
+            axis.axis("off")
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, title=caption, title_fontsize=8)
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+
+
+def report(out, name, caption):
+    lines = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+    rows = summary(lines)
+    (out / f"{name}.json").write_text(json.dumps({"schema": 1, "caption": caption, "rows": rows}, indent=1) + "\n")
+    (out / f"{name}.md").write_text(table(rows, caption))
+    draw(rows, caption, out / f"{name}.png")
+
+
+def main():
+    from rich.progress import Progress
+    from transformers.utils import logging
+
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
+    parser.add_argument("--model", default=models.SMOLLM2)
+    parser.add_argument("--tokens", type=int, default=1000, help="length of a context")
+    parser.add_argument("--samples", type=int, default=24, help="of each task")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="2 samples of two tasks: does it run?")
+    parser.add_argument("--out", type=pathlib.Path, help="folder; default: bench/results/<device>")
+    options = parser.parse_args()
+    if options.quick:
+        options.samples, options.tasks = 2, ["fact", "continuation"]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    device = torch.cuda.get_device_name().replace(" ", "-") if options.device.startswith("cuda") else options.device
+    out = options.out or pathlib.Path(__file__).parent / "results" / device
+    out.mkdir(parents=True, exist_ok=True)
+    name = f"quality-{options.tokens}"
+    path = out / f"{name}.jsonl"
+    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(line["task"], line["sample"]) for line in known if line["model"] == options.model}
+
+    model, tokenizer = models.load(options.model, options.device)
+    text = tokenizer(models.sample_text(), add_special_tokens=False)["input_ids"]
+    wanted = [(task, i) for i in range(options.samples) for task in options.tasks if (task, i) not in done]
+    with Progress() as progress, path.open("a") as file:
+        for task, i in progress.track(wanted, description=f"{len(done)} done before"):
+            context, question, answer = build(task, i, tokenizer, text, options.tokens)
+            results = run_sample(model, context, question, answer, both=task != "continuation")
+            line = dict(model=options.model, task=task, sample=i, tokens=options.tokens, results=results)
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+    caption = (
+        f"{options.model}, {options.tokens} tokens, {device}, torch {torch.__version__}, kvevict {kvevict.__version__}"
+    )
+    report(out, name, caption)
+    print(f"wrote {out / name}.json, .md, .png")
+
+
+if __name__ == "__main__":
+    main()
