@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -16,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from kvevict import validate
 from kvevict.hf.attention import NAME, SET_UP
 from kvevict.hf.layer import EvictingLayer, Eviction
+from kvevict.hf.static import StaticEvictingLayer
 from kvevict.policies import Budget, KeyDiff, Policy, Uniform
 
 logger = logging.getLogger("kvevict")
@@ -56,6 +58,10 @@ class EvictingCache(Cache):
         interval: with `budget`, how many tokens a layer may hold beyond it: eviction runs once in so many steps.
         pin: the first so many tokens, such as a system prompt, are always kept.
         on_evict: called with an `Eviction` after each eviction in each layer.
+        static: buffers of budget + interval tokens per layer that are allocated once and never move, and decode steps
+            of fixed shape, for torch.compile(fullgraph=True) and CUDA graphs. Needs `budget`, a policy that reads keys
+            alone, and requests of equal length. Between compiled or replayed steps call `settle` at least once in
+            `interval` steps; `generate` and plain forwards do it themselves.
 
     Raises:
         ValueError: not exactly one of keep and budget, or values out of range; a policy that reads hidden states.
@@ -72,6 +78,7 @@ class EvictingCache(Cache):
         interval: int = 64,
         pin: int = 0,
         on_evict: Callable[[Eviction], None] | None = None,
+        static: bool = False,
     ) -> None:
         policy = KeyDiff() if policy is None else policy
         if not isinstance(policy, Policy):
@@ -88,6 +95,12 @@ class EvictingCache(Cache):
         self._budget = self._as_budget(keep if budget is None else budget)
         if budget is not None and (not isinstance(self._budget.keep, int) or self._budget.keep <= pin):
             raise ValueError(f"budget is {self._budget.keep}: expected an int number of tokens, more than pin, {pin}")
+        if static and (budget is None or policy.needs or interval < 1):
+            raise ValueError(
+                f"static is True with budget {budget}, interval {interval} and {type(policy).__name__}: expected a "
+                "budget, an interval of at least 1, and a policy that reads keys alone"
+            )
+        self._static, self._unsettled, self._interval = static, 0, interval
         self._user_on_evict = on_evict
         self._retained: dict[int, Tensor] = {}
 
@@ -99,7 +112,7 @@ class EvictingCache(Cache):
         self._unequal = len(set(shares)) > 1
         for i, share in zip(full, shares, strict=True):
             target: dict[str, Any] = {"keep": share} if budget is None else {"budget": share}
-            layers[i] = EvictingLayer(
+            layers[i] = (StaticEvictingLayer if static else EvictingLayer)(
                 i, policy, interval, attention_is_ours=self._attention_is_ours, on_evict=self._noted, **target
             )
         super().__init__(layers=layers)
@@ -138,12 +151,23 @@ class EvictingCache(Cache):
         if self._unequal and not self._attention_is_ours():
             raise ValueError(f"the layers' budgets differ, and one mask has to serve them all: call {SET_UP}")
         before = self.layers[layer_idx - 1] if layer_idx > 0 else None
-        if isinstance(before, EvictingLayer):
+        decode_step = self._static and key_states.shape[2] == 1  # which is compiled: it does not evict
+        if isinstance(before, EvictingLayer) and not decode_step:
             before.settle()  # its attention is done: its memory is free before this layer grows
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        if self._static and not torch.compiler.is_compiling():
+            # Each forward asks once (per kind of layer) before it writes: the last moment to make room.
+            self._unsettled += query_length
+            if self._unsettled > self._interval:
+                self.settle()
+                self._unsettled = query_length
+        return super().get_mask_sizes(query_length, layer_idx)
+
     def settle(self) -> None:
         """Evict in every layer where it is due, as the next use of the cache would."""
+        self._unsettled = 0
         for layer in self._evicting():
             layer.settle()
 
@@ -152,13 +176,13 @@ class EvictingCache(Cache):
         self.settle()
         reports = []
         for layer in self._evicting():
-            kept = layer.keys.shape[2] if layer.is_initialized else 0
+            kept = layer.cached() if layer.is_initialized else 0
             size = layer.keys.nbytes + layer.values.nbytes if layer.is_initialized else 0
             retained = self._retained.get(layer.index)
             reports.append(
                 LayerReport(
                     layer.index,
-                    layer.tokens_seen,
+                    int(layer.get_seq_length()),
                     kept,
                     layer.evicted,
                     size,
@@ -179,8 +203,8 @@ class EvictingCache(Cache):
         folder = pathlib.Path(folder)
         tensors, state = {}, {}
         for i, layer in enumerate(self.layers):
-            if not isinstance(layer, EvictingLayer):
-                raise ValueError(f"layer {i} is {layer!r}: expected only layers that evict; others cannot be saved")
+            if not isinstance(layer, EvictingLayer) or isinstance(layer, StaticEvictingLayer):
+                raise ValueError(f"layer {i} is {layer!r}: expected layers that evict and are not static")
             if not layer.is_initialized:
                 raise ValueError("the cache is empty: expected a cache after a forward")
             tensors[f"{i}.keys"], tensors[f"{i}.values"] = layer.keys.contiguous(), layer.values.contiguous()

@@ -102,6 +102,10 @@ class EvictingLayer(DynamicLayer):
         cached = self.keys.shape[2] if self.is_initialized else 0
         return cached + query_length, self.tokens_seen - cached
 
+    def cached(self) -> int:
+        """Tokens in the cache, of the longest request."""
+        return self.keys.shape[2]
+
     def reset(self) -> None:
         del self.keys, self.values
         self.is_initialized = False
