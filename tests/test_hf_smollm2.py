@@ -1,5 +1,6 @@
 """EvictingCache on SmolLM2: a long chat in constant memory that stays coherent, and a fact that survives."""
 
+import copy
 import math
 
 import pytest
@@ -64,7 +65,64 @@ def test_a_hidden_fact_survives_half_the_cache(smollm2):
     with kvevict.backend("auto" if DEVICE == "cuda" else "reference"):
         model(prompt, past_key_values=cache)  # the question is not seen
         text = model.generate(
-            torch.cat([prompt, question], 1), past_key_values=cache, max_new_tokens=3, do_sample=False
+            torch.cat([prompt, question], 1), past_key_values=cache, max_new_tokens=8, do_sample=False
         )
     assert "Kowalski" in tokenizer.decode(text[0, -8:])
     assert {(r.kept, r.evicted) for r in cache.report()} == {(400 + question.shape[1] + 7, 400)}
+
+
+# What transformers' own tests of its caches (tests/utils/test_cache_utils.py) ask of a Cache, asked of ours with
+# everything kept: batches, beams, extra left padding, continuing and copying a cache. Not asked: conversion from the
+# legacy tuples (removed), quantized, offloaded and sliding-window caches and export, which are other classes' promises.
+
+
+def padded(tokenizer, texts, to=None):
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    width = to or max(map(len, ids))
+    rows = [[0] * (width - len(row)) + row for row in ids]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in ids]
+    return {"input_ids": torch.tensor(rows, device=DEVICE), "attention_mask": torch.tensor(mask, device=DEVICE)}
+
+
+@pytest.fixture(params=["sdpa", "kvevict"])
+def model_and_caches(request, smollm2):
+    """The model with either attention, and what makes the caches that must agree."""
+    model, tokenizer = smollm2
+    model.set_attn_implementation(request.param)
+    with kvevict.backend("auto" if DEVICE == "cuda" else "reference"):
+        yield model, tokenizer, (DynamicCache, lambda: EvictingCache(model.config, keep=1.0),
+                                 lambda: EvictingCache(model.config, budget=500))  # fmt: skip
+    model.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(do_sample=False), dict(do_sample=False, num_beams=2, num_return_sequences=2)],
+    ids=["greedy", "beams"],
+)
+def test_as_transformers_tests_its_caches(model_and_caches, options):
+    model, tokenizer, caches = model_and_caches
+    options = dict(max_new_tokens=10, pad_token_id=0, **options)
+    for inputs in (
+        padded(tokenizer, ["A sequence: 1, 2, 3, 4, 5", "A sequence: A, B, C"]),
+        padded(tokenizer, ["Blue is"]),
+        padded(tokenizer, ["The cat"], to=32),  # extra left padding
+    ):
+        expected, *others = (model.generate(**inputs, past_key_values=cache(), **options) for cache in caches)
+        assert all(torch.equal(expected, other) for other in others)
+
+
+def test_a_cache_is_copied_and_continued(model_and_caches):
+    model, tokenizer, caches = model_and_caches
+    prefix = torch.tensor([tokenizer("You are a helpful assistant.")["input_ids"]], device=DEVICE)
+    for make in caches[1:]:
+        cache = make()
+        with torch.no_grad():
+            model(prefix, past_key_values=cache)
+        for text in (" Help me to write a blogpost about travelling.", " What is the capital of France?"):
+            whole = torch.cat([prefix, torch.tensor([tokenizer(text)["input_ids"]], device=DEVICE)], 1)
+            options = dict(max_new_tokens=10, do_sample=False, pad_token_id=0)
+            copied = copy.deepcopy(cache)
+            assert torch.equal(
+                model.generate(whole, past_key_values=copied, **options), model.generate(whole, **options)
+            )

@@ -72,10 +72,9 @@ class StaticEvictingLayer(EvictingLayer):
         """One query: the whole buffer, whose empty slots stand behind the query and so are never seen."""
         if not self.is_initialized:
             return query_length, 0
+        slots = self.capacity if query_length == 1 else int(self.length) + query_length
         evicted = self.seen - self.length
-        if not torch.compiler.is_compiling():
-            evicted = int(evicted)
-        return (self.capacity if query_length == 1 else int(self.length) + query_length), evicted  # type: ignore
+        return slots, evicted if torch.compiler.is_compiling() else int(evicted)  # type: ignore[return-value]
 
     def get_max_length(self) -> int:
         return -1  # tokens without end pass through

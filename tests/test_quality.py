@@ -1,0 +1,85 @@
+"""The quality benchmark: samples are repeatable and hide what they ask for; figures are what they say."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import kvevict
+from bench import quality
+
+
+class Characters:
+    """A tokenizer: one token per character."""
+
+    def __call__(self, text, add_special_tokens=False):
+        return {"input_ids": [ord(c) % 128 for c in text]}
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+TEXT = Characters()("in the beginning " * 300)["input_ids"]
+
+
+@pytest.mark.parametrize("task", quality.TASKS)
+def test_samples_hide_what_they_ask_for(task):
+    tokenizer = Characters()
+    context, question, answer = quality.build(task, 3, tokenizer, TEXT, 1000)
+    assert (context, question, answer) == quality.build(task, 3, tokenizer, TEXT, 1000)
+    assert context != quality.build(task, 4, tokenizer, TEXT, 1000)[0] and len(context) == 1000
+    words = tokenizer.decode(context)
+    if task == "continuation":
+        assert len(question + answer) == 64 and tokenizer.decode(question + answer) in "in the beginning " * 6
+    elif task == "lookup":
+        key = tokenizer.decode(question).split("\n")[-1]
+        assert key + tokenizer.decode(answer) in words and words.count(key) == 1
+    else:
+        city = tokenizer.decode(question).split("number of ")[-1].removesuffix(" is")
+        assert f"The magic number of {city} is{tokenizer.decode(answer)}." in words
+        assert words.count("The magic number of") == (1 if task == "fact" else 4)
+
+
+@torch.no_grad()
+def test_losses_are_those_of_plain_forwards():
+    """The whole cache's loss is that of one forward without a cache; an evicted one's that of a cache evicted here."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    context, question, answer = quality.build("fact", 0, Characters(), TEXT, 200)
+    with kvevict.backend("reference"):
+        results = quality.run_sample(model, context, question, answer, both=True)
+    logits = model(torch.tensor([context + question + answer])).logits[0].log_softmax(-1)
+    target = torch.tensor(answer)[:, None]
+    truth = -logits[-len(answer) - 1 : -1].gather(-1, target).mean().item()
+    for mode in ("unseen", "seen"):
+        assert results[mode]["whole"]["1.0"][0] == pytest.approx(truth, abs=1e-4)
+        assert set(results[mode]) == {"whole", *quality.POLICIES}
+    cache = DynamicCache()
+    model(torch.tensor([context]), past_key_values=cache)
+    policy = quality.POLICIES["keydiff"]
+    kept = [policy.compact(x.keys, x.values, keep=0.5, inplace=False)[:2] for x in cache.layers]
+    positions = torch.arange(200, 200 + len(question + answer))[None]
+    logits = model(torch.tensor([question + answer]), past_key_values=DynamicCache(kept), position_ids=positions).logits
+    loss = -logits[0].log_softmax(-1)[-len(answer) - 1 : -1].gather(-1, target).mean().item()
+    assert results["unseen"]["keydiff"]["0.5"][0] == pytest.approx(loss, abs=1e-4)
+
+
+def test_summary_table_and_plot(tmp_path):
+    def line(sample, shift):
+        cells = {"whole": {"1.0": (0.1, True)}}
+        cells |= {p: {str(k): (1.0 + shift, shift > 0) for k in quality.KEEPS} for p in quality.POLICIES}
+        return dict(task="fact", sample=sample, results={"unseen": cells})
+
+    rows = quality.summary([line(0, -0.5), line(1, 0.5)])
+    row = next(r for r in rows if r["policy"] == "keydiff" and r["keep"] == 0.5)
+    assert row["loss"] == 1.0 and row["hits"] == 0.5 and row["samples"] == 2
+    assert row["loss_error"] == pytest.approx(math.sqrt(0.5) / math.sqrt(2))
+    assert "| keydiff | 1.00 ± 0.50, 50% |" in quality.table(rows, "caption")
+    quality.draw(rows, "caption", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
