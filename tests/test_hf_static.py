@@ -49,14 +49,12 @@ def test_without_eviction_it_is_a_dynamic_cache(plain):  # noqa: F811
 def test_buffers_never_move_or_grow(plain, chunk):  # noqa: F811
     evictions = []
     cache = EvictingCache(plain.config, KeyDiff(recent=8), static=True, on_evict=evictions.append, **OPTIONS)
-    with torch.no_grad():
-        plain(prompt(10), past_key_values=cache)
+    text = generate(plain, prompt(150), new=5, past_key_values=cache, prefill_chunk_size=chunk)
     before = buffers(cache)
     assert before[0][2][2] == 64
-    text = torch.cat([prompt(10), prompt(140, seed=1)], 1)
-    out = generate(plain, text, new=70, past_key_values=cache, prefill_chunk_size=chunk)
-    assert out.shape == (1, 220) and buffers(cache) == before
-    assert {r.seen for r in cache.report()} == {219} and len(evictions) >= 3 * 5
+    out = generate(plain, torch.cat([text, prompt(30, seed=1)], 1), new=70, past_key_values=cache)
+    assert out.shape == (1, 255) and buffers(cache) == before
+    assert {r.seen for r in cache.report()} == {254} and len(evictions) >= 3 * 5
     assert all(48 < e.before and e.kept == 48 for e in evictions)
 
 

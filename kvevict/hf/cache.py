@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kvevict import validate
 from kvevict.hf.attention import NAME, SET_UP
-from kvevict.hf.layer import EvictingLayer, Eviction
+from kvevict.hf.layer import EvictingLayer, Eviction, new_tokens
 from kvevict.hf.static import StaticEvictingLayer
 from kvevict.policies import Budget, KeyDiff, Policy, Uniform
 
@@ -159,6 +159,7 @@ class EvictingCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         if self._static and not torch.compiler.is_compiling():
             # Each forward asks once (per kind of layer) before it writes: the last moment to make room.
+            query_length = new_tokens(query_length)
             self._unsettled += query_length
             if self._unsettled > self._interval:
                 self.settle()

@@ -21,6 +21,11 @@ from kvevict.policies import Policy, Tracker
 TRACKED = {"mass", "last_used"}
 
 
+def new_tokens(query_length: int | Tensor) -> int:
+    """How many queries a mask is asked for. transformers 5.0 gives their positions [T] instead."""
+    return query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+
+
 class Eviction(NamedTuple):
     """One eviction in one layer."""
 
@@ -100,7 +105,7 @@ class EvictingLayer(DynamicLayer):
         """The cached tokens stand right before the new ones: every new query sees them all, and earlier new ones."""
         self.settle()
         cached = self.keys.shape[2] if self.is_initialized else 0
-        return cached + query_length, self.tokens_seen - cached
+        return cached + new_tokens(query_length), self.tokens_seen - cached
 
     def cached(self) -> int:
         """Tokens in the cache, of the longest request."""
@@ -112,15 +117,14 @@ class EvictingLayer(DynamicLayer):
         self._clear()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens, given as a negative number.
+        """Forget the last tokens, given as a negative number; a positive one is the length to go back to, as older
+        versions of transformers mean it.
 
         Raises:
-            ValueError: a positive number; tokens from before the last eviction that it did not protect.
+            ValueError: tokens from before the last eviction, which it did not protect.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove is {tokens_to_remove}: expected a negative number of tokens to remove")
-        count = -tokens_to_remove
-        if count == 0 or not self.is_initialized:
+        count = self.tokens_seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        if count <= 0 or not self.is_initialized:
             return
         self.settle()  # so that all layers evict the same tokens, whether or not they did before this call
         still_there = self._since_eviction + (self.policy.protected[1] if self.evicted else 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvevict.hf.layer import EvictingLayer, Eviction
+from kvevict.hf.layer import EvictingLayer, Eviction, new_tokens
 
 
 class StaticEvictingLayer(EvictingLayer):
@@ -70,6 +70,7 @@ class StaticEvictingLayer(EvictingLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """One query: the whole buffer, whose empty slots stand behind the query and so are never seen."""
+        query_length = new_tokens(query_length)
         if not self.is_initialized:
             return query_length, 0
         slots = self.capacity if query_length == 1 else int(self.length) + query_length
