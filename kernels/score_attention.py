@@ -32,7 +32,8 @@ _LSE_STRIDES = ["lse_stride_b", "lse_stride_h"]
 @triton.jit
 def query_pointers(group_ptr, rows, stride_w, stride_h, columns, G: tl.constexpr):
     """Addresses [rows, columns] of a group's queries: row w·G + g is query w of head g."""
-    return group_ptr + ((rows // G).to(tl.int64) * stride_w + (rows % G) * stride_h)[:, None] + columns[None, :]
+    offsets = (rows // G).to(tl.int64) * stride_w + (rows % G).to(tl.int64) * stride_h
+    return group_ptr + offsets[:, None] + columns[None, :]
 
 
 @triton.jit

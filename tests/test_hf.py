@@ -308,10 +308,13 @@ def test_families(family):
     out = generate(model, ids, past_key_values=cache)
     assert out.shape == expected.shape and [layer.layer for layer in cache.report()] == full
     assert [(layer.seen, layer.kept) for layer in cache.report()] == [(81, 46)] * len(full)
-    if family == "gpt_oss":
-        return  # its attention has sinks of its own, which SDPA does not compute
     before = model.config._attn_implementation
     model.set_attn_implementation("kvevict")
+    if family == "gpt_oss":  # its attention has sinks of its own, which SDPA does not compute
+        with pytest.raises(ValueError, match="attention sinks"):
+            generate(model, ids)
+        model.set_attn_implementation(before)
+        return
     assert torch.equal(generate(model, ids, past_key_values=EvictingCache(model.config, keep=1.0)), expected)
     cache = EvictingCache(model.config, Hybrid(recent=8), budget=40, interval=4)
     assert generate(model, ids, past_key_values=cache).shape == expected.shape
@@ -354,6 +357,13 @@ def test_evictions_are_logged(plain, caplog):
     with caplog.at_level(logging.INFO, logger="kvevict"):
         generate(plain, prompt(100), past_key_values=EvictingCache(plain.config, keep=0.5))
     assert [record.getMessage() for record in caplog.records] == ["kept 50 of 100 tokens in layer 2"]
+
+
+def test_a_batch_whose_padding_cannot_be_seen_is_warned_of(plain, ours, caplog):
+    for model in (plain, ours):
+        generate(model, prompt(30, batch=2), past_key_values=EvictingCache(model.config, keep=0.5))
+    (record,) = (r for r in caplog.records if r.levelno == logging.WARNING)
+    assert "a batch of 2" in record.getMessage() and 'set_attn_implementation("kvevict")' in record.getMessage()
 
 
 @pytest.mark.parametrize("policy", [KeyDiff(recent=8), Hybrid(recent=8)], ids=lambda p: type(p).__name__)

@@ -38,7 +38,13 @@ def sdpa(module, query, key, value, attention_mask, **options) -> tuple[Tensor, 
 
 
 def attention(module, query, key, value, attention_mask, **options) -> tuple[Tensor, None]:
-    """Signature and result of transformers' attention functions: output [B, T, Hq, Dv] and no weights."""
+    """Signature and result of transformers' attention functions: output [B, T, Hq, Dv] and no weights.
+
+    Raises:
+        ValueError: a model whose attention has learned sinks (GPT-OSS), which SDPA does not compute.
+    """
+    if options.get("s_aux") is not None:
+        raise ValueError(f'{type(module).__name__} has attention sinks, which "{NAME}" does not compute: use "eager"')
     layer = _owner(key)
     if layer is None:
         return sdpa(module, query, key, value, attention_mask, **options)

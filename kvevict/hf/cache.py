@@ -102,6 +102,7 @@ class EvictingCache(Cache):
             )
         self._static, self._unsettled, self._interval = static, 0, interval
         self._user_on_evict = on_evict
+        self._warned = False
         self._retained: dict[int, Tensor] = {}
 
         layers = DynamicCache(config=config).layers
@@ -150,6 +151,9 @@ class EvictingCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         if self._unequal and not self._attention_is_ours():
             raise ValueError(f"the layers' budgets differ, and one mask has to serve them all: call {SET_UP}")
+        if key_states.shape[0] > 1 and not self._warned and not self._attention_is_ours():
+            logger.warning("a batch of %d: padding is not seen unless you call %s", key_states.shape[0], SET_UP)
+            self._warned = True
         before = self.layers[layer_idx - 1] if layer_idx > 0 else None
         decode_step = self._static and key_states.shape[2] == 1  # which is compiled: it does not evict
         if isinstance(before, EvictingLayer) and not decode_step:
