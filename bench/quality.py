@@ -21,7 +21,7 @@ import torch
 
 import kvevict
 from kvevict import demo, models, ops
-from kvevict.policies import NAMED, TOVA, AttentionMass, Hybrid, KeyDiff, Observed
+from kvevict.policies import NAMED, RECOMMENDED, AttentionMass, Hybrid, KeyDiff, Observed
 
 KEEPS = (0.8, 0.5, 0.25, 0.1)
 POLICIES = {
@@ -29,7 +29,7 @@ POLICIES = {
     "keydiff, unprotected": KeyDiff(sink=0, recent=0),
     "keydiff, sinks only": KeyDiff(recent=0),
     "attention + keydiff": Hybrid(parts=((0.5, AttentionMass()), (0.5, KeyDiff()))),
-    "tova + keydiff": Hybrid(parts=((0.5, TOVA()), (0.5, KeyDiff())), heads="shared"),
+    "tova + keydiff": RECOMMENDED,
 }
 TASKS = ("fact", "facts", "lookup", "continuation")
 CITIES = (

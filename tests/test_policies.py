@@ -14,6 +14,7 @@ from kvevict import policies
 from kvevict.policies import (
     LRU,
     NAMED,
+    RECOMMENDED,
     TOVA,
     AttentionMass,
     Hybrid,
@@ -45,7 +46,7 @@ def learned():
     return Learned(layers=(tuple(weights),))
 
 
-ALL = {**NAMED, "learned": learned(), "snapkv original": SnapKV(variant="original"),
+ALL = {**NAMED, "recommended": RECOMMENDED, "learned": learned(), "snapkv original": SnapKV(variant="original"),
        "attention sums": AttentionMass(normalize=None), "minmax": Hybrid(scale="minmax")}  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from conftest import HAS_GPU
 
 import kvevict
 from kvevict import models
-from kvevict.policies import NAMED, AttentionMass, KeyDiff, Learned, Observed, SnapKV
+from kvevict.policies import NAMED, RECOMMENDED, AttentionMass, KeyDiff, Learned, Observed, SnapKV
 
 pytest.importorskip("transformers")
 
@@ -76,6 +76,10 @@ def dense_scores(name, w, keys, hidden, weights):
     if name == "hybrid":
         parts = [(0.4, "attention"), (0.3, "recency"), (0.3, "keydiff")]
         return sum(weight * rank(dense_scores(part, w, keys[None], hidden, weights)) for weight, part in parts)
+    if name == "recommended":
+        last_query = w[:, :, -1].mean(1)  # of each KV head's group: heads are averaged after the ranks
+        parts = (last_query, dense_scores("keydiff", w, keys[None], hidden, weights))
+        return sum(0.5 * rank(part) for part in parts).mean(0).expand(H, S)
     if name == "learned":
         w1, b1, w2, b2 = (x.double() for x in weights)
         return torch.sigmoid(F.linear(F.relu(F.linear(hidden[0].double(), w1, b1)), w2, b2))[..., 0].expand(H, S)
@@ -108,8 +112,10 @@ def test_kept_tokens_are_those_of_a_dense_computation(real, layer):
     w = dense_weights(queries, keys)
     generator = torch.Generator().manual_seed(layer)
     weights = [torch.randn(*s, generator=generator).to(hidden) * 0.1 for s in ((288, 576), (288,), (1, 288), (1,))]
-    every = {**NAMED, "attention sums": AttentionMass(normalize=None), "snapkv original": SnapKV(variant="original"),
-             "learned": Learned(layers=(tuple(weights),))}  # fmt: skip
+    every = NAMED | {
+        "recommended": RECOMMENDED, "attention sums": AttentionMass(normalize=None),
+        "snapkv original": SnapKV(variant="original"), "learned": Learned(layers=(tuple(weights),)),
+    }  # fmt: skip
     del every["random"]  # nothing to compute
     used = torch.full(keys.shape[:3], -1, dtype=torch.int32, device=keys.device)
     with kvevict.backend(backend):
@@ -123,7 +129,7 @@ def test_kept_tokens_are_those_of_a_dense_computation(real, layer):
     for name, policy in every.items():
         scores = dense_scores(name, w, keys, hidden, weights)
         # Rounding may move a score by 1e-5 of it, and so a rank, which the hybrid adds up, by a few steps of 1/2047.
-        tolerance = {"lru": 0, "hybrid": 2e-3}.get(name, 1e-5)
+        tolerance = {"lru": 0, "hybrid": 2e-3, "recommended": 2e-3}.get(name, 1e-5)
         if name == "lru":  # whole steps: ties are common, and the rule decides
             scores = scores - torch.arange(TOKENS, device=keys.device) * 1e-9
         for h in range(keys.shape[1]):

@@ -24,9 +24,14 @@ NAMED: dict[str, Policy] = {
     "random": Random(),
 }
 
+# The best of what bench/quality.py has tried (see the README): the last query's attention and KeyDiff in equal parts by
+# rank, and one selection for all heads of a layer.
+RECOMMENDED = Hybrid(parts=((0.5, TOVA()), (0.5, KeyDiff())), heads="shared")
+
 __all__ = [
     "LRU",
     "NAMED",
+    "RECOMMENDED",
     "TOVA",
     "AttentionMass",
     "Budget",

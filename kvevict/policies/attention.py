@@ -98,7 +98,10 @@ class SnapKV(Policy):
 
 @dataclass(frozen=True, kw_only=True)
 class TOVA(Policy):
-    """Attention of the last query, mean over all heads of the layer, one selection for all (arXiv 2401.06104)."""
+    """Attention of the last query, mean over all heads of the layer, one selection for all (arXiv 2401.06104).
+
+    `scores` are each KV head's; heads="shared" takes the mean, as it does of a mixture that TOVA is part of.
+    """
 
     heads: str = "shared"
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
