@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import pathlib
 import time
+from typing import Any
 
 import torch
 
 from kvevict import demo, models
-from kvevict.policies import KeyDiff, Learned, Policy, Recency
-from kvevict.policies.training import Fitted
+from kvevict.policies import KeyDiff, Policy, Recency
+from kvevict.policies.training import Fitted, fit
 
 SHARES = (0.5, 0.25)
 FACT_TOKENS = 2000  # the demo's prompt: read from the start of the text, which is not trained on
@@ -118,9 +119,7 @@ def run(
             progress.update(task, description=stage, completed=done, total=total)
 
         try:
-            fitted = Learned.fit(
-                model, pieces, tokens=tokens, future=future, layers=layers, epochs=epochs, progress=show
-            )
+            fitted = fit(model, pieces, tokens=tokens, future=future, layers=layers, epochs=epochs, progress=show)
         except ValueError as error:
             raise models.Unavailable(str(error)) from error
         seconds = time.perf_counter() - start
@@ -131,7 +130,7 @@ def run(
             policies = {"learned": fitted.policy, "keydiff": KeyDiff(), "recency": Recency()}
             losses = fact_losses(model, tokenizer, body, policies)
 
-    result = {
+    result: dict[str, Any] = {
         "model": model_name, "texts": texts, "tokens": tokens, "future": future, "seconds": seconds,
         "spearman": {name: sum(values) / len(values) for name, values in fitted.spearman.items()},
         "spearman_per_layer": fitted.spearman, "fact_loss": losses, "fact_shares": SHARES, "losses": fitted.losses,

@@ -13,7 +13,7 @@ pytest.importorskip("typer")
 
 from kvevict import models, train
 from kvevict.policies import Learned
-from kvevict.policies.training import collect, spearman
+from kvevict.policies.training import collect, fit, spearman
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +53,17 @@ def test_targets_are_the_attention_of_later_queries(model):
 def test_fit_learns_and_is_repeatable(model, tmp_path):
     options = dict(tokens=120, future=40, epochs=30, patience=30)
     calls = []
-    fitted = Learned.fit(model, texts(12), progress=lambda *call: calls.append(call), **options)
+    fitted = fit(model, texts(12), progress=lambda *call: calls.append(call), **options)
     assert [len(curve) for curve in fitted.losses] == [30, 30] and len(fitted.policy.layers) == 2
     assert all(curve[-1][0] < curve[0][0] for curve in fitted.losses)
     mean = {name: sum(values) / 2 for name, values in fitted.spearman.items()}
     assert mean["learned"] > max(mean["recency"], mean["random"]) + 0.1
     assert calls[0] == ("reading", 1, 12) and calls[-1] == ("training", 60, 60)
     again = Learned.fit(model, texts(12), **options)
-    assert all(torch.equal(a, b) for x, y in zip(fitted.policy.layers, again.policy.layers, strict=True)
+    assert all(torch.equal(a, b) for x, y in zip(fitted.policy.layers, again.layers, strict=True)
                for a, b in zip(x, y, strict=True))  # fmt: skip
     assert model.config._attn_implementation == "sdpa" and not any(m._forward_pre_hooks for m in model.modules())
-    stopped = Learned.fit(model, texts(12), tokens=120, future=40, epochs=50, patience=1, layers=1)
+    stopped = fit(model, texts(12), tokens=120, future=40, epochs=50, patience=1, layers=1)
     assert len(stopped.policy.layers) == 1 and len(stopped.losses[0]) < 50
     train.draw(fitted, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 10_000

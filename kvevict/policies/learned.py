@@ -44,12 +44,12 @@ class Learned(Policy):
         return ops.mlp_scores(hidden, *weights)[:, None].expand(B, H, S)
 
     @classmethod
-    def fit(cls, model: Any, texts: Sequence[Any], *, tokenizer: Any = None, **options) -> Any:
-        """Train on texts with a transformers model: see `kvevict.policies.training.fit`. Returns a `Fitted`, whose
-        `policy` is the Learned."""
+    def fit(cls, model: Any, texts: Sequence[Any], *, tokenizer: Any = None, **options) -> Learned:
+        """Train on texts with a transformers model. Arguments as for `kvevict.policies.training.fit`, which also
+        returns the losses and how well held-out tokens are ranked."""
         from kvevict.policies.training import fit
 
-        return fit(model, texts, tokenizer=tokenizer, **options)
+        return fit(model, texts, tokenizer=tokenizer, **options).policy
 
     def save(self, path: str | pathlib.Path) -> None:
         """Write the weights as safetensors."""
