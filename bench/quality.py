@@ -107,13 +107,8 @@ def evaluate(model, layers, captured, policies, seen, new, answer):
     for keep in KEEPS:
         kept = [[] for _ in layers]
         for name, policy in policies.items():
-            n = max(1, math.floor(keep * layers[0][0].shape[2] + 0.5))
-            sink = min(policy.protected[0], n)
-            recent = min(policy.protected[1], n - sink)
             for layer, (k, v) in enumerate(layers):
-                rows = scores[name][layer]
-                rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-                indices = ops.topk_indices(rows, keep, sink=sink, recent=recent, heads=policy.heads)
+                indices = policy.choose(scores[name][layer], keep)
                 kept[layer].append(ops.compact(k, v, indices, inplace=False)[:2])
         stacked = [tuple(torch.cat(side) for side in zip(*pairs, strict=True)) for pairs in kept]
         for name, result in zip(policies, ask(model, stacked, seen, new, answer), strict=True):

@@ -26,6 +26,11 @@ def new_tokens(query_length: int | Tensor) -> int:
     return query_length.shape[0] if isinstance(query_length, Tensor) else query_length
 
 
+def tokens_first(is_token: Tensor) -> Tensor:
+    """[B, S] bool -> [B, S] int64: the slots that hold a token, in order, and behind them the others."""
+    return (~is_token).long().argsort(dim=-1, stable=True)
+
+
 class Eviction(NamedTuple):
     """One eviction in one layer."""
 
@@ -210,7 +215,7 @@ class EvictingLayer(DynamicLayer):
         old_count = 0 if self._query_count is None else self._query_count[:, None]
         is_query = torch.where(slots < old, slots < old_count, slots - old < count[:, None])
         total = is_query.sum(-1)
-        order = (~is_query).long().argsort(dim=-1, stable=True)
+        order = tokens_first(is_query)
         first = (total - window).clamp(min=0)[:, None]
         order = order.gather(1, (first + torch.arange(min(window, len(slots)), device=query.device)))
         self.queries = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
@@ -239,11 +244,11 @@ class EvictingLayer(DynamicLayer):
         B, H, S = self.keys.shape[:3]
         holds_token = self._holds_token(is_token)
         self.lengths = holds_token.sum(-1)
-        order = (~holds_token).long().argsort(dim=-1, stable=True)
+        order = tokens_first(holds_token)
         order = order.masked_fill(torch.arange(S, device=order.device) >= self.lengths[:, None], -1)
         indices = order[:, None].expand(B, H, S)
         self.keys, self.values = ops.compact(self.keys.detach(), self.values.detach(), indices, inplace=False)[:2]
-        order = (~is_token).long().argsort(dim=-1, stable=True)
+        order = tokens_first(is_token)
         return query.gather(2, order[:, None, :, None].expand_as(query))
 
     def _mask(self, mask: Tensor | None, is_token: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:

@@ -60,12 +60,15 @@ class Policy(abc.ABC):
             if getattr(seen, name) is None:
                 instead = ", or the queries of the whole prompt" if name == "mass" else ""
                 raise ValueError(f"{name} is None: expected a tensor{instead}, because {type(self).__name__} needs it")
-        n = validate.kept_tokens(keep, seen.keys.shape[2], 0, 0)
+        return self.choose(self.scores(seen), keep, seen.lengths)
+
+    def choose(self, scores: Tensor, keep: int | float, lengths: Tensor | None = None) -> Tensor:
+        """`select`, given the scores: for several shares of one cache."""
+        n = validate.kept_tokens(keep, scores.shape[2], 0, 0)
         sink, recent = self.protected
         sink = min(sink, n)
         recent = min(recent, n - sink)
-        scores = self.scores(seen)
-        return ops.topk_indices(scores, keep, sink=sink, recent=recent, heads=self.heads, lengths=seen.lengths)
+        return ops.topk_indices(scores, keep, sink=sink, recent=recent, heads=self.heads, lengths=lengths)
 
     def compact(
         self,
