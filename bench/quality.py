@@ -16,13 +16,44 @@ import math
 import pathlib
 import random
 import statistics
+from dataclasses import dataclass
 
 import torch
 
 import kvevict
-from kvevict import demo, models, ops
-from kvevict.policies import NAMED, RECOMMENDED, AttentionMass, Hybrid, KeyDiff, Observed
+import kvevict.hf  # its attention
+from kvevict import models, ops
+from kvevict.policies import (
+    NAMED,
+    RECOMMENDED,
+    TOVA,
+    AttentionMass,
+    Hybrid,
+    KeyDiff,
+    Observed,
+    Policy,
+    Pyramid,
+    Tracker,
+)
 
+
+@dataclass(frozen=True, kw_only=True)
+class ValueNorm(Policy):
+    """Tried, not offered: keep the values of largest norm."""
+
+    def scores(self, seen):
+        return seen.values.float().norm(dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValuedTOVA(TOVA):
+    """Tried, not offered: attention times the value's norm (VATP, arXiv 2406.12335), of the last query."""
+
+    def scores(self, seen):
+        return super().scores(seen) * seen.values.float().norm(p=1, dim=-1)
+
+
+LAST_STEPS = 64  # of a context, from which last use is noted
 KEEPS = (0.8, 0.5, 0.25, 0.1)
 POLICIES = {
     **NAMED,
@@ -30,7 +61,10 @@ POLICIES = {
     "keydiff, sinks only": KeyDiff(recent=0),
     "attention + keydiff": Hybrid(parts=((0.5, AttentionMass()), (0.5, KeyDiff()))),
     "tova + keydiff": RECOMMENDED,
+    "value norm": ValueNorm(),
+    "tova · |v| + keydiff": Hybrid(parts=((0.5, ValuedTOVA()), (0.5, KeyDiff())), heads="shared"),
 }
+PYRAMID = "tova + keydiff, pyramid"  # RECOMMENDED, with a budget that falls from layer to layer
 TASKS = ("fact", "facts", "lookup", "continuation")
 CITIES = (
     "Paris London Berlin Madrid Rome Vienna Prague Dublin Oslo Athens Lisbon Warsaw Chicago Boston Denver Seattle"
@@ -77,15 +111,48 @@ def build(task, sample, tokenizer, text, tokens):
     return context + body[done:], ids(question), ids(answer)
 
 
+def read(model, context):
+    """The cache after reading these ids, [(K, V)] per layer, and what entered each layer's attention."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    with models.capture(model) as captured:
+        model(torch.tensor([context], device=model.device), past_key_values=cache, logits_to_keep=1)
+    return [(layer.keys, layer.values) for layer in cache.layers], captured
+
+
+def observe(layers, captured):
+    """The fields of Observed for every layer, but hidden."""
+    observed = []
+    for layer, (keys, values) in enumerate(layers):
+        queries, _ = captured.of(layer)
+        B, H, S = keys.shape[:3]
+        tracker = Tracker(B, H, S, keys.device)
+        tracker.append(S)
+        tracker.observe(queries, keys)
+        last = queries[:, :, -LAST_STEPS:].unflatten(1, (H, -1)).float()  # as if these tokens had been decoded
+        seen = torch.ones(last.shape[3], S, dtype=torch.bool, device=keys.device).tril(S - last.shape[3])
+        logits = last @ keys[:, :, None].float().mT / math.sqrt(keys.shape[3])
+        weights = logits.masked_fill(~seen, -math.inf).softmax(-1).mean(2)  # [B, H, steps, S]
+        steps = torch.arange(S - last.shape[3], S, device=keys.device)[:, None]
+        used = torch.where(weights >= 1e-3, steps, -1).amax(2).int()
+        observed.append(dict(queries=queries, values=values, mass=tracker.mass, last_used=used, layer=layer))
+    return observed
+
+
 @torch.no_grad()
 def ask(model, caches, seen, new, answer):
-    """(loss, hit) of each of several equally long caches, stacked: [(keys [P, H, n, D], values)] per layer."""
-    from transformers import DynamicCache
+    """(loss, hit) of each of several equally long caches, stacked: [(keys [P, H, n, D], values)] per layer.
+
+    Layers of different lengths need `model.set_attn_implementation("kvevict")`."""
+    from kvevict.hf import EvictingCache
 
     count = caches[0][0].shape[0]
     ids = torch.tensor([new + answer], device=model.device).expand(count, -1)
     positions = torch.arange(seen, seen + ids.shape[1], device=model.device)[None]
-    cache = DynamicCache(caches)
+    cache = EvictingCache(model.config, budget=2**40)  # evicts no more
+    for layer, (keys, values) in enumerate(caches):
+        cache.update(keys, values, layer)
     logits = model(ids, past_key_values=cache, position_ids=positions, logits_to_keep=len(answer) + 1).logits[:, :-1]
     target = ids[:, -len(answer) :, None]
     losses = -logits.float().log_softmax(-1).gather(-1, target)[..., 0]
@@ -95,15 +162,11 @@ def ask(model, caches, seen, new, answer):
 
 def evaluate(model, layers, captured, policies, seen, new, answer):
     """{policy: {keep: (loss, hit)}} after evicting these layers; "whole" for the whole cache."""
-    needs = frozenset().union(*(policy.needs for policy in policies.values()))
-    observed = demo.observe(layers, captured, needs, lambda n: None)
+    observed = observe(layers, captured)
     results = {"whole": {"1.0": ask(model, layers, seen, new, answer)[0]}}
     scores = {}  # of every policy and layer: the same for every share
     for name, policy in policies.items():
-        scores[name] = [
-            policy.scores(Observed(keys=k, **{f: v for f, v in o.items() if f != "hidden"}))
-            for (k, _), o in zip(layers, observed, strict=True)
-        ]
+        scores[name] = [policy.scores(Observed(keys=k, **o)) for (k, _), o in zip(layers, observed, strict=True)]
     for keep in KEEPS:
         kept = [[] for _ in layers]
         for name, policy in policies.items():
@@ -113,6 +176,11 @@ def evaluate(model, layers, captured, policies, seen, new, answer):
         stacked = [tuple(torch.cat(side) for side in zip(*pairs, strict=True)) for pairs in kept]
         for name, result in zip(policies, ask(model, stacked, seen, new, answer), strict=True):
             results.setdefault(name, {})[str(keep)] = result
+        shares = Pyramid(keep).per_layer(len(layers), layers[0][0].shape[2])
+        unequal = []
+        for (k, v), scored, share in zip(layers, scores["tova + keydiff"], shares, strict=True):
+            unequal.append(ops.compact(k, v, RECOMMENDED.choose(scored, share), inplace=False)[:2])
+        results.setdefault(PYRAMID, {})[str(keep)] = ask(model, unequal, seen, new, answer)[0]
     return results
 
 
@@ -121,15 +189,14 @@ def run_sample(model, context, question, answer, both):
     """Results without, and with (`both`), the question in the cache that is evicted."""
     from transformers import DynamicCache
 
-    layers, captured = demo.prefill(model, torch.tensor([context], device=model.device), lambda n: None)
+    layers, captured = read(model, context)
     results = {"unseen": evaluate(model, layers, captured, POLICIES, len(context), question, answer)}
     if both:
         cache = DynamicCache(layers)
         with models.capture(model) as more:
             model(torch.tensor([question[:-1]], device=model.device), past_key_values=cache, logits_to_keep=1)
-        for noted, added in ((captured.queries, more.queries), (captured.hidden, more.hidden)):
-            for layer in noted:
-                noted[layer] += added[layer]
+        for layer, queries in more.queries.items():
+            captured.queries[layer] += queries
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         seen = len(context) + len(question) - 1
         results["seen"] = evaluate(model, layers, captured, POLICIES, seen, question[-1:], answer)
@@ -190,7 +257,7 @@ def draw(rows, caption, path):
         for axis, (task, mode) in zip(axes.flat, panels, strict=False):
             cells = [row for row in rows if (row["task"], row["mode"]) == (task, mode)]
             whole = next(row for row in cells if row["policy"] == "whole")
-            for policy, marker in zip(POLICIES, "osv^D<>PXp*h8", strict=False):
+            for policy, marker in zip([*POLICIES, PYRAMID], "osv^D<>PXp*h8odsv^", strict=False):
                 line = sorted((r for r in cells if r["policy"] == policy), key=lambda r: r["keep"])
                 axis.errorbar([r["keep"] for r in line] + [1.0], [r["loss"] for r in line] + [whole["loss"]],
                               [r["loss_error"] for r in line] + [0], marker=marker, markersize=4, linewidth=1,
@@ -238,6 +305,7 @@ def main():
     done = {(line["task"], line["sample"]) for line in known if line["model"] == options.model}
 
     model, tokenizer = models.load(options.model, options.device)
+    model.set_attn_implementation("kvevict")
     text = tokenizer(models.sample_text(), add_special_tokens=False)["input_ids"]
     wanted = [(task, i) for i in range(options.samples) for task in options.tasks if (task, i) not in done]
     with Progress() as progress, path.open("a") as file:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pathlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kvevict import models, ops
+from kvevict import models
 from kvevict.backends import pick
-from kvevict.policies import NAMED, Learned, Policy, Tracker
+from kvevict.policies import NAMED, Learned, Policy
+
+if TYPE_CHECKING:  # the command line answers --help without transformers
+    from kvevict.hf import EvictingCache
 
 # Something the text cannot know, said twice; checked: the whole cache answers it.
 FACT = "\n\nThe best pizza in Chicago is sold by Kowalski. Remember: the best pizza in Chicago is sold by Kowalski.\n\n"
 QUESTION = "\n\nThe best pizza in Chicago is sold by"
 ANSWER = " Kowalski"
-LAST_STEPS = 64  # of the prompt, from which last use is noted
 CHUNK = 256  # tokens of prefill per step of the progress bar
-
-Layers = list[tuple[Tensor, Tensor]]  # K and V [1, H, S, D] of every layer
 
 
 @dataclass
@@ -52,86 +54,56 @@ def build_prompt(tokenizer, text: str, tokens: int) -> Tensor:
     return torch.tensor([body[:half] + fact + body[half:]])
 
 
-def prefill(model, ids: Tensor, advance) -> tuple[Layers, models.Captured]:
-    """The cache after reading `ids`, and what entered each layer's attention; advance(n): n more tokens are read."""
-    from transformers import DynamicCache
+def read(model, ids: Tensor, policy: Policy, advance: Callable[[int], object]) -> EvictingCache:
+    """The whole cache after reading `ids`, with what the policy reads noted; advance(n): n more tokens are read."""
+    from kvevict.hf import EvictingCache
 
-    cache: Any = DynamicCache()
-    with models.capture(model) as captured:
+    cache = EvictingCache(model.config, policy, budget=ids.shape[1])
+    with cache.noting_hidden(model):
         for chunk in ids.split(CHUNK, dim=1):
-            model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(chunk, past_key_values=cache, logits_to_keep=1)
             advance(chunk.shape[1])
-    return [(layer.keys, layer.values) for layer in cache.layers], captured
+    return cache
 
 
-def observe(layers: Layers, captured: models.Captured, needs: frozenset[str], advance) -> list[dict[str, Any]]:
-    """The fields of Observed that policies with these needs read, for every layer; advance(1) after each."""
-    observed = []
-    for layer, (keys, values) in enumerate(layers):
-        queries, hidden = captured.of(layer)
-        B, H, S = keys.shape[:3]
-        tracker = Tracker(B, H, S, keys.device)
-        tracker.append(S)
-        if "mass" in needs:
-            tracker.observe(queries, keys)
-        if "last_used" in needs:  # as if the prompt's last tokens had been decoded
-            for step in range(max(S - LAST_STEPS, 0), S):
-                ops.decode_attention(
-                    queries[:, :, step : step + 1], keys[:, :, : step + 1], values[:, :, : step + 1],
-                    last_used=tracker.last_used[:, :, : step + 1], step=step,
-                )  # fmt: skip
-        observed.append(
-            dict(queries=queries, hidden=hidden, mass=tracker.mass, last_used=tracker.last_used, layer=layer)
-        )
-        advance(1)
-    return observed
-
-
-def evict(
-    layers: Layers, observed: list[dict[str, Any]], policy: Policy, keep: float
-) -> tuple[Layers, list[Tensor], float]:
-    """The policy on every layer: the new cache, the kept indices, and the seconds it took."""
-    device = layers[0][0].device
+def evicted(cache: EvictingCache, keep: float) -> tuple[EvictingCache, list[Tensor], float]:
+    """A copy of the cache cut down to that share, the kept indices of its layers, and the seconds it took."""
+    cache = copy.deepcopy(cache)
+    indices: list[Tensor] = []
+    cache.on_evict = lambda eviction: indices.append(eviction.indices)
+    layers: list[Any] = cache.layers
+    device = layers[0].keys.device
     start = time.perf_counter()
-    done = [
-        policy.compact(k, v, keep=keep, inplace=False, **seen) for (k, v), seen in zip(layers, observed, strict=True)
-    ]
+    cache.evict(keep)
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
     seconds = time.perf_counter() - start
-    return [(c.keys, c.values) for c in done], [c.indices.cpu() for c in done], seconds
+    return cache, [x.cpu() for x in indices], seconds
 
 
-def ask(model, tokenizer, layers: Layers, seen: int) -> tuple[float, str]:
-    """Mean negative log-likelihood of ANSWER, and what the model says. Positions go on from the tokens seen."""
-    from transformers import DynamicCache
+def ask(model, tokenizer, cache: EvictingCache, ids: Tensor) -> tuple[float, str]:
+    """Mean negative log-likelihood of ANSWER after `ids`, which the cache has read, and what the model says."""
+    question, answer = (
+        torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]], device=ids.device)
+        for text in (QUESTION, ANSWER)
+    )
+    new = torch.cat([question, answer], 1)
+    forced, free = copy.deepcopy(cache), copy.deepcopy(cache)
+    with forced.noting_hidden(model):
+        logits = model(new, past_key_values=forced, logits_to_keep=answer.shape[1] + 1).logits[0, :-1]
+    loss = -logits.float().log_softmax(-1).gather(-1, answer[0][:, None]).mean().item()
 
-    device = layers[0][0].device
-
-    def ids(text: str) -> Tensor:
-        return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]], device=device)
-
-    def step(cache, new: Tensor, position: int) -> Tensor:
-        positions = torch.arange(position, position + new.shape[1], device=device)[None]
-        return model(new, past_key_values=cache, position_ids=positions, use_cache=True).logits[0].float()
-
-    question, answer = ids(QUESTION), ids(ANSWER)
-    logits = step(DynamicCache(layers), torch.cat([question, answer], 1), seen)
-    predicted = logits[question.shape[1] - 1 : -1].log_softmax(-1)
-    loss = -predicted.gather(-1, answer[0][:, None]).mean().item()
-
-    cache, said, new, position = DynamicCache(layers), [], question, seen
-    for _ in range(answer.shape[1] + 1):
-        token = step(cache, new, position)[-1].argmax().item()
-        position += new.shape[1]
-        said.append(token)
-        new = torch.tensor([[token]], device=device)
-    return loss, tokenizer.decode(said).strip().partition("\n")[0]
+    text = torch.cat([ids, question], 1)
+    options = dict(do_sample=False, max_new_tokens=answer.shape[1] + 1)
+    with free.noting_hidden(model):
+        said = model.generate(text, attention_mask=torch.ones_like(text), past_key_values=free, **options)
+    return loss, tokenizer.decode(said[0, text.shape[1] :].tolist()).strip().partition("\n")[0]
 
 
-def held_bytes(layers: Layers) -> int:
-    """Bytes of memory that the cache keeps alive."""
-    return sum(x.untyped_storage().nbytes() for pair in layers for x in pair)
+def held_bytes(cache: EvictingCache) -> int:
+    """Bytes of memory that the keys and values keep alive."""
+    layers: list[Any] = cache.layers
+    return sum(x.untyped_storage().nbytes() for layer in layers for x in (layer.keys, layer.values))
 
 
 def draw(rows: list[Row], seen: int, output: pathlib.Path) -> None:
@@ -215,6 +187,8 @@ def run(
     from rich.table import Table
     from transformers.utils import logging
 
+    from kvevict.hf.attention import NAME
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console = Console()
@@ -231,23 +205,23 @@ def run(
         loading = progress.add_task(f"loading {model_name}", total=None)
         model, tokenizer = models.load(model_name, device)
         progress.remove_task(loading)
+        if any(policy.needs - {"hidden"} for policy in policies.values()):
+            model.set_attn_implementation(NAME)
         ids = build_prompt(tokenizer, body, tokens).to(device)
-        reading = progress.add_task(f"reading {tokens} tokens", total=tokens)
-        layers, captured = prefill(model, ids, lambda n: progress.advance(reading, n))
-        observing = progress.add_task("observing attention", total=len(layers))
-        needs = frozenset[str]().union(*(policy.needs for policy in policies.values()))
-        observed = observe(layers, captured, needs, lambda n: progress.advance(observing, n))
-        asking = progress.add_task("evicting and asking", total=1 + len(keep) * len(policies))
-        loss, answer = ask(model, tokenizer, layers, tokens)
-        rows = [Row("whole cache", 1.0, tokens, held_bytes(layers), 0.0, loss, answer, [])]
-        progress.advance(asking)
+        working = progress.add_task("reading, evicting, asking", total=len(policies) * (tokens + len(keep) * CHUNK))
+        rows: list[Row] = []
         for name, policy in policies.items():
+            cache = read(model, ids, policy, lambda n: progress.advance(working, n))
+            if not rows:
+                rows.append(
+                    Row("whole cache", 1.0, tokens, held_bytes(cache), 0.0, *ask(model, tokenizer, cache, ids), [])
+                )
             for share in keep:
-                shrunk, indices, seconds = evict(layers, observed, policy, share)
-                loss, answer = ask(model, tokenizer, shrunk, tokens)
-                n = shrunk[0][0].shape[2]
+                shrunk, indices, seconds = evicted(cache, share)
+                loss, answer = ask(model, tokenizer, shrunk, ids)
+                n = indices[0].shape[2]
                 rows.append(Row(name, share, n, held_bytes(shrunk), seconds, loss, answer, indices))
-                progress.advance(asking)
+                progress.advance(working, CHUNK)
 
     where = pick(torch.device(device)).__name__.rpartition(".")[2]
     if device == "cpu" and where == "triton":

@@ -34,14 +34,12 @@ def slices(ids: torch.Tensor, count: int, length: int) -> list[torch.Tensor]:
 def fact_losses(model, tokenizer, text: str, policies: dict[str, Policy]) -> dict[str, list[float]]:
     """Loss of the demo's hidden fact: with the whole cache, and per policy for every share in SHARES."""
     ids = demo.build_prompt(tokenizer, text, FACT_TOKENS).to(model.device)
-    layers, captured = demo.prefill(model, ids, lambda n: None)
-    observed = demo.observe(layers, captured, frozenset(), lambda n: None)
-    losses = {"whole cache": [demo.ask(model, tokenizer, layers, FACT_TOKENS)[0]]}
+    losses: dict[str, list[float]] = {}
     for name, policy in policies.items():
-        losses[name] = [
-            demo.ask(model, tokenizer, demo.evict(layers, observed, policy, share)[0], FACT_TOKENS)[0]
-            for share in SHARES
-        ]
+        cache = demo.read(model, ids, policy, lambda n: None)
+        if not losses:
+            losses["whole cache"] = [demo.ask(model, tokenizer, cache, ids)[0]]
+        losses[name] = [demo.ask(model, tokenizer, demo.evicted(cache, share)[0], ids)[0] for share in SHARES]
     return losses
 
 

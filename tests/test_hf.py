@@ -198,6 +198,12 @@ def test_a_chunk_sees_the_kept_tokens_and_its_own_past(plain):
 BATCH = [30, 80, 55]
 
 
+def learned(seed=0, **options):
+    torch.manual_seed(seed)
+    weights = tuple((torch.randn(32, 64), torch.randn(32), torch.randn(1, 32), torch.randn(1)) for _ in range(3))
+    return Learned(layers=weights, **options)
+
+
 def padded():
     ids = torch.zeros(3, 80, dtype=torch.long, device=DEVICE)
     mask = torch.zeros_like(ids)
@@ -211,21 +217,24 @@ def padded():
 @pytest.mark.parametrize("mode", [dict(keep=0.5), dict(budget=48, interval=8), dict(keep=1.0), dict(keep=Pyramid(0.5))],
                          ids=str)  # fmt: skip
 @pytest.mark.parametrize("policy", [KeyDiff(recent=8), AttentionMass(recent=8, grace=8), TOVA(recent=8),
-                                    Hybrid(recent=8)], ids=lambda p: type(p).__name__)  # fmt: skip
+                                    Hybrid(recent=8), learned(recent=8)], ids=lambda p: type(p).__name__)  # fmt: skip
 def test_each_request_of_a_padded_batch_is_as_if_alone(ours, policy, mode, chunk):
     if chunk and "budget" not in mode:
         pytest.skip("keep= cuts the first forward")
     ids, mask = padded()
-    cache = EvictingCache(ours.config, policy, **mode)
-    together = generate(ours, ids, attention_mask=mask, past_key_values=cache, new=24)
-    if chunk:
+
+    def run(ids, **options):
         cache = EvictingCache(ours.config, policy, **mode)
-        generate(ours, ids, attention_mask=mask, past_key_values=cache, new=24, prefill_chunk_size=chunk)
+        with cache.noting_hidden(ours):
+            return cache, generate(ours, ids, past_key_values=cache, new=24, **options)
+
+    cache, together = run(ids, attention_mask=mask)
+    if chunk:
+        cache, _ = run(ids, attention_mask=mask, prefill_chunk_size=chunk)
         assert max(kept for _, kept in lengths(cache)) <= 48 + 8
         return  # chunks of a padded row begin elsewhere than those of the same row alone
     for b, length in enumerate(BATCH):
-        alone = EvictingCache(ours.config, policy, **mode)
-        expected = generate(ours, prompt(length, seed=b), past_key_values=alone, new=24)
+        _, expected = run(prompt(length, seed=b))
         if "budget" in mode and length < 80:  # alone, a shorter request evicts later than beside a longer one
             continue
         assert torch.equal(together[b, 80 - length :], expected[0]), (b, policy)
@@ -339,9 +348,69 @@ def test_bad_arguments_are_named(plain):
     ]:  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=match):
             EvictingCache(plain.config, **options)
-    weights = tuple(torch.zeros(*shape) for shape in ((2, 64), (2,), (1, 2), (1,)))
-    with pytest.raises(ValueError, match="Learned"):
-        EvictingCache(plain.config, Learned(layers=(weights,)), keep=0.5)
+    mixed = Hybrid(parts=((0.5, learned()), (0.5, KeyDiff())))
+    with pytest.raises(ValueError, match="heads is 'each': expected 'shared'"):
+        EvictingCache(plain.config, mixed, budget=50)
+    with pytest.raises(ValueError, match="empty"):
+        EvictingCache(plain.config, budget=50).evict(0.5)
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_cached_tokens(plain):
+    """The learned scorer's tokens are the ones that it chooses from the hidden states which the model gives out."""
+    policy, ids = learned(recent=8), prompt(90)
+    cache = EvictingCache(plain.config, policy, keep=0.3)
+    with pytest.raises(ValueError, match=r"Learned needs hidden.*cache\.noting_hidden\(model\)"):
+        generate(plain, ids, past_key_values=cache)
+    cache.reset()
+    evictions = []
+    cache = EvictingCache(plain.config, policy, budget=200, on_evict=evictions.append)
+    with cache.noting_hidden(plain):
+        for chunk in ids.split(32, dim=1):
+            plain(chunk, past_key_values=cache)
+    assert not any(m._forward_pre_hooks for m in plain.modules())
+    hidden = plain(ids, output_hidden_states=True).hidden_states
+    whole = [layer.keys for layer in cache.layers]
+    entered = [plain.model.layers[i].input_layernorm(hidden[i]) for i in range(3)]
+    scores = []
+    for i, (keys, states) in enumerate(zip(whole, entered, strict=True)):
+        scores.append(policy.scores(kvevict.policies.Observed(keys=keys, hidden=states, layer=i)))
+    cache.evict(0.5)
+    for i in range(3):
+        assert torch.equal(evictions[i].indices, policy.choose(scores[i], 0.5))
+    cache.evict(20)  # of the 45 left: their hidden states have followed
+    for i in range(3):
+        left = evictions[i].indices
+        expected = policy.choose(scores[i].gather(2, left), 20)
+        assert torch.equal(evictions[3 + i].indices, expected)
+    assert lengths(cache) == [(90, 20)] * 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", [KeyDiff(recent=8), Hybrid(recent=8), SnapKV(recent=8)],
+                         ids=lambda p: type(p).__name__)  # fmt: skip
+@pytest.mark.parametrize("keep", [0.5, 20, Pyramid(0.5)], ids=str)
+def test_evicting_at_will_is_what_keep_does(ours, policy, keep):
+    ids = prompt(90)
+    expected = generate(ours, ids, past_key_values=EvictingCache(ours.config, policy, keep=keep))
+    cache = EvictingCache(ours.config, policy, budget=200)
+    first = ours(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+    cache.evict(keep)
+    assert torch.equal(generate(ours, torch.cat([ids, first], 1), new=11, past_key_values=cache), expected)
+
+
+def test_evicting_at_will_says_what_is_wrong(ours):
+    cache = EvictingCache(ours.config, SnapKV(), keep=0.5)
+    generate(ours, prompt(80), past_key_values=cache)
+    with pytest.raises(ValueError, match="nothing was noted for SnapKV"):
+        cache.evict(0.5)
+    static = EvictingCache(ours.config, budget=50, static=True)
+    generate(ours, prompt(30), past_key_values=static, new=4)
+    for keep, match in ((1.5, "keep is 1.5"), (0, "keep is 0"), (Pyramid(0.5), "the same for all layers")):
+        with pytest.raises(ValueError, match=match):
+            static.evict(keep)
+    static.evict(20)
+    assert lengths(static) == [(33, 20)] * 3
 
 
 def test_a_pinned_prefix_stays_whole(ours):
@@ -383,6 +452,23 @@ def test_saved_caches_answer_as_before(ours, policy, tmp_path):
             assert torch.equal(generate(ours, text, past_key_values=loaded), expected)
     with pytest.raises(ValueError, match="empty"):
         EvictingCache(ours.config, policy, keep=0.5).save_pretrained(tmp_path / "none")
+
+
+@torch.no_grad()
+def test_a_saved_padded_batch_is_evicted_as_before(ours, tmp_path):
+    ids, mask = padded()
+    evictions = []
+    mode = dict(budget=200, on_evict=evictions.append)
+    cache = EvictingCache(ours.config, SnapKV(recent=8), **mode)
+    ours(ids, attention_mask=mask, past_key_values=cache)
+    cache.save_pretrained(tmp_path)
+    loaded = EvictingCache.from_pretrained(tmp_path, ours.config, SnapKV(recent=8), device=DEVICE, **mode)
+    more = torch.cat([mask, torch.ones(3, 4, dtype=torch.long, device=DEVICE)], 1)
+    for either in (cache, loaded):
+        ours(prompt(4, batch=3, seed=9), attention_mask=more, past_key_values=either)
+        either.evict(0.5)
+    for before, after in zip(evictions[:3], evictions[3:], strict=True):
+        assert torch.equal(before.indices, after.indices)
 
 
 def test_reset_and_uniform_budget(plain):

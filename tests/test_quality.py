@@ -51,6 +51,7 @@ def test_losses_are_those_of_plain_forwards():
     config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
     model = LlamaForCausalLM(config).eval()
+    model.set_attn_implementation("kvevict")
     context, question, answer = quality.build("fact", 0, Characters(), TEXT, 200)
     with kvevict.backend("reference"):
         results = quality.run_sample(model, context, question, answer, both=True)
@@ -59,7 +60,7 @@ def test_losses_are_those_of_plain_forwards():
     truth = -logits[-len(answer) - 1 : -1].gather(-1, target).mean().item()
     for mode in ("unseen", "seen"):
         assert results[mode]["whole"]["1.0"][0] == pytest.approx(truth, abs=1e-4)
-        assert set(results[mode]) == {"whole", *quality.POLICIES}
+        assert set(results[mode]) == {"whole", quality.PYRAMID, *quality.POLICIES}
     cache = DynamicCache()
     model(torch.tensor([context]), past_key_values=cache)
     policy = quality.POLICIES["keydiff"]
@@ -70,10 +71,30 @@ def test_losses_are_those_of_plain_forwards():
     assert results["unseen"]["keydiff"]["0.5"][0] == pytest.approx(loss, abs=1e-4)
 
 
+@torch.no_grad()
+def test_what_policies_observe_is_what_eager_attention_shows():
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with kvevict.backend("reference"):
+        observed = quality.observe(*quality.read(model, TEXT[:400]))
+    model.set_attn_implementation("eager")
+    weights = model(torch.tensor([TEXT[:400]]), output_attentions=True).attentions
+    for seen, layer in zip(observed, weights, strict=True):
+        by_group = layer[0].unflatten(0, (2, 2)).mean(1)
+        torch.testing.assert_close(seen["mass"][0], by_group.sum(1), rtol=1e-4, atol=1e-5)
+        used = [[max((t for t in range(336, 400) if row[t, i] >= 1e-3), default=-1) for i in range(400)]
+                for row in by_group]  # fmt: skip
+        assert (seen["last_used"][0] == torch.tensor(used)).float().mean() > 0.999  # 1e-3 to rounding
+
+
 def test_summary_table_and_plot(tmp_path):
     def line(sample, shift):
         cells = {"whole": {"1.0": (0.1, True)}}
-        cells |= {p: {str(k): (1.0 + shift, shift > 0) for k in quality.KEEPS} for p in quality.POLICIES}
+        cells |= {
+            p: {str(k): (1.0 + shift, shift > 0) for k in quality.KEEPS} for p in (*quality.POLICIES, quality.PYRAMID)
+        }
         return dict(task="fact", sample=sample, results={"unseen": cells})
 
     rows = quality.summary([line(0, -0.5), line(1, 0.5)])

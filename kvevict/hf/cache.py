@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +19,10 @@ from kvevict import validate
 from kvevict.hf.attention import NAME, SET_UP
 from kvevict.hf.layer import EvictingLayer, Eviction, new_tokens
 from kvevict.hf.static import StaticEvictingLayer
-from kvevict.policies import Budget, KeyDiff, Policy, Uniform
+from kvevict.policies import Budget, KeyDiff, Learned, Policy, Uniform
 
 logger = logging.getLogger("kvevict")
+OPTIONAL = ("lengths", "queries", "query_count", "hidden")  # what a layer holds beside keys and values, or None
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class EvictingCache(Cache):
 
     Positions go on from the tokens seen. Layers that do not grow (sliding window, linear attention) are left alone.
 
+    `evict(keep)` cuts it at any time. Policies that read hidden states (Learned) need the forwards to run inside
+    `with cache.noting_hidden(model):`.
+
     Policies that read queries or attention, batches with padding, and budgets that differ by layer need the model's
     attention to be ours: `model.set_attn_implementation("kvevict")`; it computes what SDPA computes. Padding must be on
     the left. Without it padding cannot be seen, and is taken for tokens.
@@ -64,7 +69,7 @@ class EvictingCache(Cache):
             `interval` steps; `generate` and plain forwards do it themselves.
 
     Raises:
-        ValueError: not exactly one of keep and budget, or values out of range; a policy that reads hidden states.
+        ValueError: not exactly one of keep and budget, or values out of range.
         ValueError, from the model's forward: the attention is not ours and has to be.
     """
 
@@ -83,8 +88,6 @@ class EvictingCache(Cache):
         policy = KeyDiff() if policy is None else policy
         if not isinstance(policy, Policy):
             raise TypeError(f"policy is {policy!r}: expected a kvevict.policies.Policy")
-        if "hidden" in policy.needs:
-            raise ValueError(f"policy is {type(policy).__name__}: expected one that does not read hidden states")
         if (keep is None) == (budget is None):
             raise ValueError(f"keep is {keep} and budget is {budget}: expected exactly one of them")
         validate.integer("interval", interval, 0)
@@ -95,13 +98,20 @@ class EvictingCache(Cache):
         self._budget = self._as_budget(keep if budget is None else budget)
         if budget is not None and (not isinstance(self._budget.keep, int) or self._budget.keep <= pin):
             raise ValueError(f"budget is {self._budget.keep}: expected an int number of tokens, more than pin, {pin}")
+        if (
+            budget is not None
+            and "hidden" in policy.needs
+            and policy.heads == "each"
+            and not isinstance(policy, Learned)
+        ):
+            raise ValueError("heads is 'each': expected 'shared', for one hidden state is held of a token that is kept")
         if static and (budget is None or policy.needs or interval < 1):
             raise ValueError(
                 f"static is True with budget {budget}, interval {interval} and {type(policy).__name__}: expected a "
                 "budget, an interval of at least 1, and a policy that reads keys alone"
             )
         self._static, self._unsettled, self._interval = static, 0, interval
-        self._user_on_evict = on_evict
+        self.on_evict = on_evict
         self._warned = False
         self._retained: dict[int, Tensor] = {}
 
@@ -142,8 +152,8 @@ class EvictingCache(Cache):
             self._retained[eviction.layer] = eviction.retained_mass
         if eviction.layer == self._last_full:
             logger.info("kept %d of %d tokens in layer %d", eviction.kept, eviction.before, eviction.layer)
-        if self._user_on_evict is not None:
-            self._user_on_evict(eviction)
+        if self.on_evict is not None:
+            self.on_evict(eviction)
 
     def _evicting(self) -> list[EvictingLayer]:
         return [layer for layer in self.layers if isinstance(layer, EvictingLayer)]
@@ -175,6 +185,52 @@ class EvictingCache(Cache):
         self._unsettled = 0
         for layer in self._evicting():
             layer.settle()
+
+    def evict(self, keep: int | float | Budget) -> None:
+        """Evict now, in every evicting layer: a document that was read in chunks, say, before it is asked about.
+
+        Args:
+            keep: share or number of the cached tokens, or a Budget that shares them out over the layers (with
+                `model.set_attn_implementation("kvevict")`).
+
+        Raises:
+            ValueError: keep is out of range; the budgets of a static cache's layers differ; the cache is empty; what
+                the policy reads was not noted, as of keep= after the prompt.
+        """
+        self.settle()
+        layers = self._evicting()
+        if not all(layer.is_initialized for layer in layers):
+            raise ValueError("the cache is empty: expected a cache after a forward")
+        budget = self._as_budget(keep)
+        longest = max(layer.cached() for layer in layers)
+        if isinstance(budget, Uniform):
+            shares = [budget.keep] * len(layers)
+        else:
+            shares = list(budget.per_layer(len(layers), longest))
+        if len(set(shares)) > 1:
+            if self._static:
+                raise ValueError(f"keep is {keep}: expected the same for all layers of a static cache")
+            self._unequal = True
+        for layer, share in zip(layers, shares, strict=True):
+            layer.evict(share)
+
+    @contextlib.contextmanager
+    def noting_hidden(self, model: Any) -> Iterator[None]:
+        """Inside the block the model's forwards tell this cache what enters each layer's attention, for policies that
+        read hidden states. By forward hooks, which are gone after it."""
+        layers = {layer.index: layer for layer in self._evicting() if "hidden" in layer.policy.needs}
+
+        def note(module, arguments, options):
+            if options.get("past_key_values") is self:
+                layers[module.layer_idx].note_hidden(options.get("hidden_states", *arguments[:1]))
+
+        attentions = [m for m in model.modules() if getattr(m, "layer_idx", None) in layers and hasattr(m, "k_proj")]
+        hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in attentions]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def report(self) -> list[LayerReport]:
         """What each evicting layer has seen, kept and given up."""
@@ -213,10 +269,9 @@ class EvictingCache(Cache):
             if not layer.is_initialized:
                 raise ValueError("the cache is empty: expected a cache after a forward")
             tensors[f"{i}.keys"], tensors[f"{i}.values"] = layer.keys.contiguous(), layer.values.contiguous()
-            if layer.lengths is not None:
-                tensors[f"{i}.lengths"] = layer.lengths
-            if layer.queries is not None:
-                tensors[f"{i}.queries"] = layer.queries
+            for name in OPTIONAL:
+                if getattr(layer, name) is not None:
+                    tensors[f"{i}.{name}"] = getattr(layer, name).contiguous()
             if layer.tracker is not None:
                 n = layer.keys.shape[2]
                 for name in ("mass", "last_used", "positions"):
@@ -254,7 +309,8 @@ class EvictingCache(Cache):
             keys, values = tensors[f"{i}.keys"], tensors[f"{i}.values"]
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
-            layer.lengths, layer.queries = tensors.get(f"{i}.lengths"), tensors.get(f"{i}.queries")
+            for name in OPTIONAL:
+                setattr(layer, name, tensors.get(f"{i}.{name}"))
             layer.tokens_seen, layer.evicted = state[str(i)]["tokens_seen"], state[str(i)]["evicted"]
             layer._compressed = state[str(i)]["compressed"]
             if f"{i}.mass" in tensors:

@@ -68,7 +68,9 @@ class EvictingLayer(DynamicLayer):
         self.lengths: Tensor | None = None  # [B]: valid tokens in front of each row; None: all
         self.tracker: Tracker | None = None
         self.queries: Tensor | None = None  # [B, Hq, ≤ window, D]: each request's last ones
-        self._query_count: Tensor | None = None  # [B]: how many they are, in a batch of unequal requests
+        self.query_count: Tensor | None = None  # [B]: how many they are, in a batch of unequal requests
+        self.hidden: Tensor | None = None  # [B, 1, n, M]: what entered this layer's attention, kept as keys are
+        self._entering: Tensor | None = None  # [B, T, M]: what enters it now
         self._compressed = False  # keep=: the prompt has been cut
         self._unread = False  # update has returned keys that attention may still read
         self._since_eviction = 0
@@ -82,22 +84,33 @@ class EvictingLayer(DynamicLayer):
         if not self._attention_is_ours():
             self._refuse_if_watching()
         new = key_states.shape[2]
+        if "hidden" in self.policy.needs and self._watching:
+            self._hidden_enters(new)
         self.tokens_seen += new
         self._since_eviction += new
-        if self.lengths is None:
-            self.keys = torch.cat([self.keys, key_states], dim=2)
-            self.values = torch.cat([self.values, value_states], dim=2)
-        else:
-            self.keys = self._append_ragged(self.keys, key_states)
-            self.values = self._append_ragged(self.values, value_states)
+        self.keys = self._append(self.keys, key_states)
+        self.values = self._append(self.values, value_states)
+        if self.lengths is not None:
             self.lengths = self.lengths + new
         self._unread = True
         if self._attention_is_ours():
             hand_over(self, self.keys)
         return self.keys, self.values
 
-    def _append_ragged(self, cached: Tensor, new: Tensor) -> Tensor:
-        assert self.lengths is not None
+    def note_hidden(self, hidden: Tensor) -> None:
+        """[B, T, M]: the hidden states of the tokens of the coming `update`."""
+        self._entering = hidden.detach()
+
+    def _hidden_enters(self, new: int) -> None:
+        entering, self._entering = self._entering, None
+        if entering is None or entering.shape[1] != new:
+            name = type(self.policy).__name__
+            raise ValueError(f"{name} needs hidden: run the model inside `with cache.noting_hidden(model):`")
+        self.hidden = entering[:, None] if self.hidden is None else self._append(self.hidden, entering[:, None])
+
+    def _append(self, cached: Tensor, new: Tensor) -> Tensor:
+        if self.lengths is None:
+            return torch.cat([cached, new], dim=2)
         B, H, count, width = new.shape
         slots = self.lengths[:, None] + torch.arange(count, device=new.device)
         grown = torch.cat([cached, torch.zeros_like(new)], dim=2)
@@ -146,6 +159,7 @@ class EvictingLayer(DynamicLayer):
         if self.tracker is not None:
             self.tracker.drop_last(count)
         self.queries = None if self.queries is None else self.queries[:, :, :-count]
+        self.hidden = None if self.hidden is None else self.hidden[:, :, :-count]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select_requests(beam_idx)
@@ -167,7 +181,8 @@ class EvictingLayer(DynamicLayer):
         self.keys, self.values = self.keys.index_select(0, requests), self.values.index_select(0, requests)
         self.lengths = None if self.lengths is None else self.lengths[requests]
         self.queries = None if self.queries is None else self.queries.index_select(0, requests)
-        self._query_count = None if self._query_count is None else self._query_count[requests]
+        self.hidden = None if self.hidden is None else self.hidden.index_select(0, requests)
+        self.query_count = None if self.query_count is None else self.query_count[requests]
         if self.tracker is not None:
             self.tracker.select_requests(requests)
 
@@ -212,14 +227,14 @@ class EvictingLayer(DynamicLayer):
             return
         old = query.shape[2] - new
         slots = torch.arange(query.shape[2], device=query.device)
-        old_count = 0 if self._query_count is None else self._query_count[:, None]
+        old_count = 0 if self.query_count is None else self.query_count[:, None]
         is_query = torch.where(slots < old, slots < old_count, slots - old < count[:, None])
         total = is_query.sum(-1)
         order = tokens_first(is_query)
         first = (total - window).clamp(min=0)[:, None]
         order = order.gather(1, (first + torch.arange(min(window, len(slots)), device=query.device)))
         self.queries = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-        self._query_count = total.clamp(max=window)
+        self.query_count = total.clamp(max=window)
 
     def _new_tokens(self, mask: Tensor | None, new: int, first: bool) -> Tensor | None:
         """[B, new] bool: which of the new slots hold a token, as the last query's row of transformers' mask shows; None
@@ -248,6 +263,7 @@ class EvictingLayer(DynamicLayer):
         order = order.masked_fill(torch.arange(S, device=order.device) >= self.lengths[:, None], -1)
         indices = order[:, None].expand(B, H, S)
         self.keys, self.values = ops.compact(self.keys.detach(), self.values.detach(), indices, inplace=False)[:2]
+        self._hidden_follows(indices)
         order = tokens_first(is_token)
         return query.gather(2, order[:, None, :, None].expand_as(query))
 
@@ -283,17 +299,16 @@ class EvictingLayer(DynamicLayer):
         return self.keep is None or not self._compressed
 
     def _refuse_if_watching(self) -> None:
-        if self.policy.needs and self._watching:
-            raise ValueError(
-                f"{type(self.policy).__name__} needs {', '.join(sorted(self.policy.needs))}: call {SET_UP}"
-            )
+        needs = self.policy.needs - {"hidden"}
+        if needs and self._watching:
+            raise ValueError(f"{type(self.policy).__name__} needs {', '.join(sorted(needs))}: call {SET_UP}")
 
     def _target(self) -> int | float | None:
         """What to cut down to now; None: nothing is due."""
         if self.keep is not None:
             if self._compressed:
                 return None
-            return min(self.keep, self.keys.shape[2]) if isinstance(self.keep, int) else self.keep
+            return self.keep
         assert self.budget is not None
         return self.budget if self.keys.shape[2] > self.budget + self.interval else None
 
@@ -305,18 +320,27 @@ class EvictingLayer(DynamicLayer):
             self._refuse_if_watching()
         self._unread = False
         target = self._target()
-        if target is None:
-            return
+        if target is not None:
+            self.evict(target)
+
+    def evict(self, keep: int | float) -> None:
+        """Keep so many of the cached tokens (int), or that share of them."""
+        if not self._watching and self.policy.needs:
+            raise ValueError(f"the prompt has been cut, and nothing was noted for {type(self.policy).__name__} since")
+        if isinstance(keep, int):
+            keep = min(keep, self.keys.shape[2])
         before = self.keys.shape[2]
         mass = None if self.tracker is None else self.tracker.mass.sum()
         observed: dict[str, Any] = {} if self.queries is None else {"queries": self.queries}
+        if self.hidden is not None:
+            observed["hidden"] = self.hidden[:, 0]
         if self.tracker is None and self.lengths is not None:
             observed["lengths"] = self.lengths.clamp(min=1)  # a chunk may have been all padding
         # Out of place: the memory of what is evicted goes back to the allocator.
         result = self.policy.compact(
             self.keys.detach(),
             self.values.detach(),
-            keep=target,
+            keep=keep,
             tracker=self.tracker,
             inplace=False,
             layer=self.index,
@@ -333,5 +357,12 @@ class EvictingLayer(DynamicLayer):
         if mass is not None and self.tracker is not None:
             retained = self.tracker.mass.sum() / mass
         if not self._watching:
-            self.tracker = self.queries = None
+            self.tracker = self.queries = self.hidden = None
+        self._hidden_follows(result.indices)
         self._on_evict(Eviction(self.index, before, self.keys.shape[2], result.indices, retained))
+
+    def _hidden_follows(self, indices: Tensor) -> None:
+        """A policy that reads hidden states chooses the same tokens for every head, so one row of them will do."""
+        if self.hidden is not None:
+            slots = indices[:, :1, :, None].clamp(min=0)
+            self.hidden = self.hidden.gather(2, slots.expand(-1, -1, -1, self.hidden.shape[3]))

@@ -84,19 +84,24 @@ class StaticEvictingLayer(EvictingLayer):
         """Evict down to the budget if another `interval` of tokens would not fit."""
         if not self.is_initialized:
             return
-        filled = int(self.length)
         assert self.budget is not None
-        if filled <= self.budget:
-            return
+        if int(self.length) > self.budget:
+            self.evict(self.budget)
+
+    def evict(self, keep: int | float) -> None:
+        filled = int(self.length)
+        if isinstance(keep, int):
+            keep = min(keep, filled)
         keys, values = self._overflow or (self.keys[:, :, :filled], self.values[:, :, :filled])
-        result = self.policy.compact(keys, values, keep=self.budget, layer=self.index)
+        result = self.policy.compact(keys, values, keep=keep, layer=self.index)
+        kept = result.keys.shape[2]
         if self._overflow is not None:
-            self.keys[:, :, : self.budget] = result.keys
-            self.values[:, :, : self.budget] = result.values
+            self.keys[:, :, :kept] = result.keys
+            self.values[:, :, :kept] = result.values
             self._overflow = None
-        self.length.fill_(self.budget)
-        self.evicted += filled - self.budget
-        self._on_evict(Eviction(self.index, filled, self.budget, result.indices, None))
+        self.length.fill_(kept)
+        self.evicted += filled - kept
+        self._on_evict(Eviction(self.index, filled, kept, result.indices, None))
 
     def cached(self) -> int:
         return int(self.length)

@@ -97,6 +97,7 @@ class Policy(abc.ABC):
         unknown = observed.keys() - {field.name for field in fields(Observed)}
         if unknown:
             raise TypeError(f"{sorted(unknown)[0]} is no argument: expected fields of Observed")
+        observed["values"] = values
         seen = Observed(keys=keys, **observed) if tracker is None else tracker.observed(keys, **observed)
         indices = self.select(seen, keep)
         result = ops.compact(keys, values, indices, inplace=inplace, preserve_order=preserve_order)

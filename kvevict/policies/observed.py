@@ -18,6 +18,7 @@ class Observed:
     """
 
     keys: Tensor  # [B, H, S, D]
+    values: Tensor | None = None  # [B, H, S, Dv]
     queries: Tensor | None = None  # [B, Hq, W, D]: the last W of the sequence, as in kvevict.ops
     lse: Tensor | None = None  # [B, Hq, W] float32 of those queries, where attention has left it
     mass: Tensor | None = None  # [B, H, S] float32: attention that each token drew so far, mean over the group
