@@ -1,7 +1,12 @@
 """EvictingCache(static=True): the same tokens from buffers that never move, and a decode step that compiles whole."""
 
+import pathlib
+import shutil
+import sysconfig
+
 import pytest
 import torch
+from conftest import DEVICE
 
 pytest.importorskip("transformers")
 
@@ -84,6 +89,25 @@ def test_compiled_decode_steps_equal_eager_ones(plain):  # noqa: F811
         assert {r.seen for r in cache.report()} == {150}
     assert torch.equal(said["eager"], said["compiled"])
     assert len(graphs) == 1  # one graph for every step and after every eviction
+
+
+COMPILES = shutil.which("g++") and (pathlib.Path(sysconfig.get_path("include")) / "Python.h").exists()
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not COMPILES, reason="inductor wants a C++ compiler and Python's headers")
+@torch.no_grad()
+def test_inductor_decodes_as_eager_does(plain):  # noqa: F811
+    torch._dynamo.reset()
+    said = []
+    for forward in (plain.forward, torch.compile(plain.forward, fullgraph=True)):
+        cache = EvictingCache(plain.config, KeyDiff(recent=8), static=True, **OPTIONS)
+        token, words = plain(prompt(100), past_key_values=cache).logits[:, -1:].argmax(-1), []
+        cache.settle()
+        for _ in range(12):
+            words.append(token)
+            token = forward(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        said.append(torch.cat(words, 1))
+    assert torch.equal(*said)
 
 
 def test_what_it_cannot_do_is_said(plain):  # noqa: F811
