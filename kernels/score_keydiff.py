@@ -3,12 +3,14 @@
     partial_anchor_kernel   [rows, splits, D] float32: each program sums one run of a row's (unit) keys
     keydiff_scores_kernel   [B, H, S] float32: each program adds up the partial sums of its row, divides by the
                             number of tokens, and scores its own run of keys
+    keydiff_row_kernel      both in one launch, a program per row: short rows, or more rows than the device has room for
 
 Shapes: keys [B, H, S, D], any strides with a contiguous last dimension; a row is one (batch, head).
 Bytes per row, e per element: K is read twice, 2·S·D·e, or once when the caller gives the anchor. The second pass
 walks the rows and their tokens from the end, where the first one stopped, so that it finds the end of K in L2.
 Beside K: 4·S of scores, and the partial sums, splits·4D written and splits²·4D read from L2.
-Launch: rows × splits programs each; splits do not depend on values, so the order of every sum is fixed.
+Launch: rows × splits programs each, twice; rows programs once where splits is 1. Splits do not depend on values, so the
+order of every sum is fixed.
 """
 
 import torch
@@ -19,6 +21,59 @@ from .launch_config import multiprocessors, score_config
 from .primitives import plain_bytes, row_length, row_pointers, to_float32
 
 _LENGTH_DEPENDENT = ["S", "H", "splits", "chunk"]
+
+
+@triton.jit
+def _sum_keys(
+    head_ptr, begin, end, stride_s, columns, inside,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, UNIT: tl.constexpr, DECODE_E4M3: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_D]: the sum of the (unit) keys of tokens [begin, end)."""
+    total = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_S):
+        tokens = start + tl.arange(0, BLOCK_S)
+        mask = (tokens < end)[:, None] & inside[None, :]
+        key = tl.load(row_pointers(head_ptr, tokens, stride_s, columns), mask=mask, other=0.0)
+        key = to_float32(key, DECODE_E4M3)
+        if UNIT:
+            norm = tl.sqrt_rn(tl.sum(key * key, 1))
+            key = key * (1.0 / tl.maximum(norm, 1e-12))[:, None]
+        total += key
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _score_keys(
+    head_ptr, scores_ptr, begin, end, length, stride_s, anchor, columns, inside,
+    BLOCK_S: tl.constexpr, DECODE_E4M3: tl.constexpr,
+):  # fmt: skip
+    """Write the scores of tokens [begin, end) of a row with that many valid tokens."""
+    anchor_norm = tl.maximum(tl.sqrt_rn(tl.sum(anchor * anchor, 0)), 1e-8)
+    for start in range(begin, end, BLOCK_S):
+        tokens = start + tl.arange(0, BLOCK_S)
+        mask = (tokens < tl.minimum(end, length))[:, None] & inside[None, :]
+        key = tl.load(row_pointers(head_ptr, tokens, stride_s, columns), mask=mask, other=0.0)
+        key = to_float32(key, DECODE_E4M3)
+        norm = tl.maximum(tl.sqrt_rn(tl.sum(key * key, 1)), 1e-8)
+        score = -tl.sum(key * anchor[None, :], 1) / (norm * anchor_norm)
+        score = tl.where(tokens < length, score, float("-inf"))
+        tl.store(scores_ptr + tokens, score, mask=tokens < end)
+
+
+@triton.jit(do_not_specialize=["S", "H"])
+def keydiff_row_kernel(
+    keys_ptr, lengths_ptr, scores_ptr, S, H, stride_b, stride_h, stride_s,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, UNIT: tl.constexpr, DECODE_E4M3: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    b, h = row // H, row % H
+    head_ptr = keys_ptr + b * stride_b + h * stride_h
+    length = row_length(lengths_ptr, b, S)
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < D
+    anchor = _sum_keys(head_ptr, 0, length, stride_s, columns, inside, BLOCK_D, BLOCK_S, UNIT, DECODE_E4M3)
+    anchor = anchor / length.to(tl.float32)
+    _score_keys(head_ptr, scores_ptr + row * S, 0, S, length, stride_s, anchor, columns, inside, BLOCK_S, DECODE_E4M3)
 
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
@@ -34,18 +89,8 @@ def partial_anchor_kernel(
     end = tl.minimum(begin + chunk, row_length(lengths_ptr, b, S))
     columns = tl.arange(0, BLOCK_D)
     inside = columns < D
-
-    total = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-    for start in range(begin, end, BLOCK_S):
-        tokens = start + tl.arange(0, BLOCK_S)
-        mask = (tokens < end)[:, None] & inside[None, :]
-        key = tl.load(row_pointers(head_ptr, tokens, stride_s, columns), mask=mask, other=0.0)
-        key = to_float32(key, DECODE_E4M3)
-        if UNIT:
-            norm = tl.sqrt_rn(tl.sum(key * key, 1))
-            key = key * (1.0 / tl.maximum(norm, 1e-12))[:, None]
-        total += key
-    tl.store(partial_ptr + (row * splits + split) * D + columns, tl.sum(total, 0), mask=inside)
+    total = _sum_keys(head_ptr, begin, end, stride_s, columns, inside, BLOCK_D, BLOCK_S, UNIT, DECODE_E4M3)
+    tl.store(partial_ptr + (row * splits + split) * D + columns, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT + ["anchor_splits"])
@@ -71,19 +116,11 @@ def keydiff_scores_kernel(
     anchor = tl.sum(sums, 0)
     if MEAN:
         anchor = anchor / length.to(tl.float32)
-    anchor_norm = tl.maximum(tl.sqrt_rn(tl.sum(anchor * anchor, 0)), 1e-8)
-
     begin = split * chunk
     end = tl.minimum(begin + chunk, S)
-    for start in range(begin, end, BLOCK_S):
-        tokens = start + tl.arange(0, BLOCK_S)
-        mask = (tokens < tl.minimum(end, length))[:, None] & inside[None, :]
-        key = tl.load(row_pointers(head_ptr, tokens, stride_s, columns), mask=mask, other=0.0)
-        key = to_float32(key, DECODE_E4M3)
-        norm = tl.maximum(tl.sqrt_rn(tl.sum(key * key, 1)), 1e-8)
-        score = -tl.sum(key * anchor[None, :], 1) / (norm * anchor_norm)
-        score = tl.where(tokens < length, score, float("-inf"))
-        tl.store(scores_ptr + row * S + tokens, score, mask=tokens < end)
+    _score_keys(
+        head_ptr, scores_ptr + row * S, begin, end, length, stride_s, anchor, columns, inside, BLOCK_S, DECODE_E4M3
+    )
 
 
 def keydiff_scores(
@@ -100,6 +137,11 @@ def keydiff_scores(
     keys, decode = plain_bytes(keys)
     tile = dict(D=D, BLOCK_D=config.block_dim, BLOCK_S=config.block_tokens, DECODE_E4M3=decode)
 
+    if anchor is None and config.splits == 1:
+        keydiff_row_kernel[(B * H,)](
+            keys, lengths, out, S, H, *strides, UNIT=unit, num_warps=config.num_warps, **tile
+        )  # fmt: skip
+        return
     if anchor is None:
         partial = torch.empty((B * H, config.splits, D), dtype=torch.float32, device=keys.device)
         partial_anchor_kernel[grid](

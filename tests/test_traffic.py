@@ -5,7 +5,8 @@ import torch
 from conftest import HAS_GPU
 
 import kvevict
-from bench.traffic import DecodeAttention, KeydiffCompact, WindowMass, counted
+from bench.traffic import counted
+from kvevict.traffic import DecodeAttention, KeydiffCompact, WindowMass
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="counts in Triton's interpreter")
 
@@ -24,8 +25,8 @@ def test_keydiff_compact_moves_what_it_must(keep, preserve_order):
     else:
         moved = int((result.indices[0] != torch.arange(n)).sum()) / H
     floor = KeydiffCompact(H, S, D, e, moved)
-    assert traffic["bytes"] <= 1.05 * floor.bytes + 24 * S * H
-    assert traffic["bytes"] >= floor.bytes  # the counter counts: two passes over K cannot do with less
+    assert traffic.bytes <= 1.05 * floor.bytes + 24 * S * H
+    assert traffic.bytes >= floor.bytes  # the counter counts: two passes over K cannot do with less
     assert not torch.equal(before[:, :, :n], result.keys)
 
 
@@ -37,7 +38,7 @@ def test_window_mass_reads_keys_twice(W):
         kvevict.attention_mass(queries, keys)
     floor = WindowMass(H, G, W, S, D, e)
     blocks = S // 128 * 2  # each block of keys, and each run of them, reads the group's queries: from L2
-    assert floor.bytes <= traffic["bytes"] <= 1.05 * floor.bytes + blocks * H * G * W * (D * e + 4)
+    assert floor.bytes <= traffic.bytes <= 1.05 * floor.bytes + blocks * H * G * W * (D * e + 4)
 
 
 @pytest.mark.parametrize("tracked", [False, True])
@@ -48,11 +49,11 @@ def test_decode_attention_reads_the_cache_once(tracked):
     with kvevict.backend("triton"), counted() as traffic:
         kvevict.decode_attention(query, keys, values, mass=mass if tracked else None)
     floor = DecodeAttention(H, G, S, D, D, e, tracked)
-    assert floor.bytes <= traffic["bytes"] <= 1.05 * floor.bytes
+    assert floor.bytes <= traffic.bytes <= 1.05 * floor.bytes
 
 
 def test_key_norms_read_keys_once():
     keys = torch.randn(1, 2, 4096, 64).bfloat16()
     with kvevict.backend("triton"), counted() as traffic:
         kvevict.key_norm_scores(keys)
-    assert traffic["bytes"] == keys.nbytes + 4 * keys[..., 0].numel()
+    assert traffic.bytes == keys.nbytes + 4 * keys[..., 0].numel()

@@ -1,0 +1,24 @@
+"""One file per op. A new op joins by a file that makes a Case, and its name here."""
+
+from bench.cases import (
+    attention_mass,
+    compact,
+    decode_attention,
+    key_norm_scores,
+    keydiff_compact,
+    keydiff_scores,
+    mlp_scores,
+    topk_indices,
+)
+
+ALL = [
+    keydiff_compact.CASE,
+    keydiff_compact.FEWEST_MOVES,
+    keydiff_scores.CASE,
+    key_norm_scores.CASE,
+    attention_mass.CASE,
+    decode_attention.CASE,
+    mlp_scores.CASE,
+    topk_indices.CASE,
+    compact.CASE,
+]

@@ -1,0 +1,124 @@
+"""The benchmark itself: its schema, its gate, its comparison, and the launches that the README promises."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import HAS_GPU
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+import kvevict
+from bench import compare, measure, report
+from bench.cases import ALL
+from bench.traffic import counted
+
+pytestmark = pytest.mark.skipif(HAS_GPU, reason="counts in Triton's interpreter")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench")
+    done = subprocess.run([sys.executable, "-m", "bench", "--quick", "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_quick_run_writes_what_the_schema_says(quick):
+    result = json.loads((quick / "bench.json").read_text())
+    assert result["schema"] == 2 and result["kind"] == "counted, not timed" and result["device"] == "cpu"
+    assert set(result) == {"schema", "kind", "device", "ceilings", "versions", "caption", "rows"}
+    assert set(result["ceilings"]) == {"bandwidth", "operations", "source"}
+    assert {row["case"] for row in result["rows"]} == {case.name for case in ALL}
+    for row in result["rows"]:
+        assert set(row) == {"case", "label", "point", "agrees", "floor_bytes", "operations", "bytes", "launches",
+                            "fills", "share", "predicted_seconds", "kernels", "cpu_reference", "peers"}  # fmt: skip
+        assert row["agrees"] is True and 0 < row["share"] <= 1 and row["launches"] >= 1
+        assert row["predicted_seconds"] > 0 and row["cpu_reference"]["seconds"] > 0
+        assert sum(row["kernels"].values()) == pytest.approx(row["bytes"] / 3.35e12)
+        for peer in row["peers"].values():
+            assert set(peer) == {"missing"} or peer["low"] <= peer["seconds"] <= peer["high"]
+    text = (quick / "bench.md").read_text()
+    assert text.startswith("counted, not timed") and "flash_colreduce is not importable here" in text
+    for name in ("roofline", "speedup", "time", "stages"):
+        assert (quick / f"{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+def test_twice_the_bytes_fail_the_gate(case):
+    twice = replace(case, run=lambda *args: [case.run(*args) for _ in range(2)][-1])
+    point = min(case.points(False, True), key=lambda point: point.S)
+    rows = []
+    for either in (case, twice):
+        row = measure.on_cpu(either, point, measure.STATED)
+        rows.append(row | dict(case=case.name, label=str(point), point=vars(point), agrees=True))
+    assert measure.gate(rows[:1], ALL) == []
+    (wrong,) = measure.gate(rows[1:], ALL)
+    assert case.name in wrong and "floors, allowed are" in wrong
+    assert measure.gate([rows[0] | dict(agrees=False)], ALL) == [f"{case.name} at {point}: differs from the reference"]
+
+
+def test_a_wrong_op_is_found():
+    case = next(case for case in ALL if case.name == "topk_indices")
+    point = case.points(False, True)[0]
+    assert measure.agrees(case, point, "cpu")
+    worst = replace(case, run=lambda point, scores: case.run(point, -scores if kvevict_backend() else scores))
+    assert not measure.agrees(worst, point, "cpu")
+
+
+def kvevict_backend():
+    from kvevict.backends import pick
+
+    return pick(torch.device("cpu")).__name__.endswith("triton")
+
+
+def test_compare_flags_changes_beyond_the_spread(tmp_path, capsys):
+    def result(**rows):
+        rows = [dict(case=case, label="S1", **figures) for case, figures in rows.items()]
+        return dict(schema=2, kind="timed", device="X", rows=rows)
+
+    before = result(a=dict(seconds=1.0, low=0.9, high=1.1), b=dict(seconds=1.0, low=0.9, high=1.1), c=dict(bytes=10))
+    after = result(a=dict(seconds=1.15, low=1.05, high=1.2), b=dict(seconds=1.5, low=1.4, high=1.6), c=dict(bytes=20))
+    assert compare.changes(before, after) == [("b", "S1", "seconds", 1.5), ("c", "S1", "bytes", 2.0)]
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, written in zip(paths, (before, after), strict=True):
+        path.write_text(json.dumps(written))
+    assert compare.main(paths) == 1 and compare.main(paths[::-1]) == 0 and compare.main([paths[0]] * 2) == 0
+    assert "worse: b S1: seconds × 1.500" in capsys.readouterr().out
+    paths[1].write_text(json.dumps(after | dict(kind=report.COUNTED)))
+    with pytest.raises(SystemExit, match="expected the same kind"):
+        compare.main(paths)
+
+
+@pytest.mark.parametrize(
+    ("S", "options", "launches", "fills"),
+    [(512, {}, 3, 1), (1024, {}, 4, 1), (8192, {}, 4, 1), (16384, {}, 8, 1), (512, dict(heads="shared"), 4, 1),
+     (512, dict(preserve_order=False), 4, 0), (512, dict(inplace=False), 3, 0)],
+    ids=str,
+)  # fmt: skip
+def test_launches_of_keydiff_compact(S, options, launches, fills):
+    keys, values = (torch.randn(1, 2, S, 16) for _ in range(2))
+    with kvevict.backend("triton"), counted() as traffic:
+        kvevict.keydiff_compact(keys, values, keep=0.5, **options)
+    assert (traffic.launches, traffic.fills) == (launches, fills)
+
+
+@pytest.mark.parametrize(
+    ("name", "launches"),
+    [("keydiff_scores", 1), ("key_norm_scores", 1), ("topk_indices", 1), ("pool_scores", 1), ("evict_slots", 1),
+     ("attention_mass", 2), ("decode_attention", 2)],
+)  # fmt: skip
+def test_launches_of_short_calls(name, launches):
+    keys, queries = torch.randn(1, 2, 200, 16), torch.randn(1, 4, 1, 16)
+    scores = torch.randn(1, 2, 200)
+    arguments = dict(
+        keydiff_scores=(keys,), key_norm_scores=(keys,), topk_indices=(scores, 0.5), pool_scores=(scores, 5),
+        evict_slots=(scores, 1), attention_mass=(queries, keys), decode_attention=(queries, keys, keys.clone()),
+    )[name]  # fmt: skip
+    with kvevict.backend("triton"), counted() as traffic:
+        getattr(kvevict, name)(*arguments)
+    assert (traffic.launches, traffic.fills) == (launches, 0)
