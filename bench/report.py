@@ -5,8 +5,8 @@ import json
 SCHEMA = 2
 COUNTED = "counted, not timed"
 # Okabe and Ito's colours: apart for colour-blind eyes.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
-MARKERS = "osv^D<>P"
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442", "#999999")
+MARKERS = "osv^D<>PX"
 STAGES = {
     "anchor": ("partial_anchor_kernel",),
     "score": ("keydiff_scores_kernel", "keydiff_row_kernel"),
@@ -76,11 +76,12 @@ def roofline(axis, result):
         label=f"{roofs['bandwidth'] / 1e12:.2f} TB/s, {roofs['operations'] / 1e12:.0f} T operations/s: "
         f"{roofs['source']}",
     )
+    unit = "of the roof" if timed(result) else "of the bytes are floor"
     for i, (name, found) in enumerate(by_case(dict(rows=rows)).items()):
         points = [(row["operations"] / row["floor_bytes"], row["operations"] / seconds(row) / 1e12) for row in found]
         best, worst = max(row["share"] for row in found), min(row["share"] for row in found)
-        axis.plot(*zip(*points, strict=True), MARKERS[i % 8], color=COLORS[i % 8], markersize=5, alpha=0.8,
-                  label=f"{name}: {worst:.0%} to {best:.0%} of the roof")  # fmt: skip
+        axis.plot(*zip(*points, strict=True), MARKERS[i % 9], color=COLORS[i % 9], markersize=5, alpha=0.8,
+                  label=f"{name}: {worst:.0%} to {best:.0%} {unit}")  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="operations per byte of the floor", ylabel="10¹² operations per second")
     axis.set_title("how far from the roof" if timed(result) else "where the counted bytes allow each op to be")
     axis.legend(fontsize=7)
@@ -103,14 +104,15 @@ def speedup(axis, result):
     axis.axvline(1, color="black", linewidth=0.8)
     axis.margins(x=0.15)
     axis.invert_yaxis()
-    what = "our kernels" if timed(result) else "our CPU reference, which is no kernel; both timed on this CPU"
-    axis.set(xlabel=f"times faster: {what}", title="against what people use")
+    axis.set(xlabel="times as fast as the peer", title="against what people use")
+    if not timed(result):
+        axis.set_title("our CPU reference (no kernel) against torch, both timed on this CPU", fontsize=9)
 
 
 def time(axis, result):
     for i, (name, rows) in enumerate(by_case(result, sweep=True).items()):
-        axis.plot([row["point"]["S"] for row in rows], [seconds(row) * 1e6 for row in rows], marker=MARKERS[i % 8],
-                  color=COLORS[i % 8], markersize=4, label=name)  # fmt: skip
+        axis.plot([row["point"]["S"] for row in rows], [seconds(row) * 1e6 for row in rows], marker=MARKERS[i % 9],
+                  color=COLORS[i % 9], markersize=4, label=name)  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="S, cached tokens", ylabel="microseconds")
     axis.set_title("time" if timed(result) else "time that the counted bytes take at the stated bandwidth")
     axis.legend(fontsize=7)

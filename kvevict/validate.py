@@ -3,7 +3,6 @@ expected. Checks of shapes, dtypes and strides run on the host; checks of tensor
 
 from __future__ import annotations
 
-import functools
 import math
 from fractions import Fraction
 
@@ -119,7 +118,6 @@ def like_scores(name: str, value: object, dtype: torch.dtype, keys: Tensor) -> T
 
 
 @torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=64)
 def keep_fraction(keep: float) -> tuple[int, int]:
     """A float keep as the decimal that it was written as: 0.145 is 29/200, not 0.14499999999999999."""
     return Fraction(keep).limit_denominator(1_000_000).as_integer_ratio()
