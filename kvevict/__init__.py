@@ -17,6 +17,7 @@ from kvevict.ops import (
     pool_scores,
     topk_indices,
 )
+from kvevict.planner import plan
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "keydiff_compact",
     "keydiff_scores",
     "mlp_scores",
+    "plan",
     "pool_scores",
     "topk_indices",
 ]

@@ -1,7 +1,8 @@
-"""The command line: `kvevict demo`, `kvevict train`."""
+"""The command line: `kvevict demo`, `kvevict plan`, `kvevict train`."""
 
 from __future__ import annotations
 
+import json
 import pathlib
 import sys
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kvevict import demo as demo_module
-from kvevict import models
+from kvevict import models, planner
 from kvevict import train as train_module
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -49,6 +50,39 @@ def demo(
     except models.Unavailable as error:
         print(f"kvevict demo: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="Preset, config.json or its folder, or a Hugging Face id.")],
+    context: Annotated[str, typer.Option(help="Tokens per request, such as 131072 or 128K.")] = "128K",
+    batch: Annotated[int, typer.Option(help="Requests.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Of weights and cache: fp32, bf16, fp16, fp8.")] = "bf16",
+    cache_dtype: Annotated[str | None, typer.Option(help="Of the cache, where it differs.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Such as 80GiB: says what fits.")] = None,
+    keep: Annotated[float, typer.Option(help="Share of the tokens that stay.")] = 0.5,
+    bandwidth: Annotated[float, typer.Option(help="Bytes a second; default: an H100's data sheet.")] = planner.H100,
+    use: Annotated[str, typer.Option(help=f"For the recommendation: {', '.join(planner.USES)}.")] = "general",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[pathlib.Path | None, typer.Option(help="Draw memory against context into this file.")] = None,
+) -> None:
+    """What a model's KV cache weighs before and after eviction, what then fits, and when evicting has paid."""
+    try:
+        result = planner.plan(
+            model, context=context, batch=batch, dtype=dtype, cache_dtype=cache_dtype, gpu_memory=gpu_memory, keep=keep,
+            bandwidth=bandwidth, use=use,
+        )  # fmt: skip
+        if plot is not None:
+            if not plot.resolve().parent.is_dir():
+                raise models.Unavailable(f"--plot is {plot}: expected a file in an existing folder")
+            planner.draw(model, result, plot)
+    except (models.Unavailable, ValueError, TypeError) as error:
+        print(f"kvevict plan: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=1))
+    else:
+        planner.show(result)
 
 
 @app.command()

@@ -122,3 +122,25 @@ def test_launches_of_short_calls(name, launches):
     with kvevict.backend("triton"), counted() as traffic:
         getattr(kvevict, name)(*arguments)
     assert (traffic.launches, traffic.fills) == (launches, 0)
+
+
+def test_generate_runs_on_a_tiny_model(tmp_path):
+    pytest.importorskip("transformers")
+    from bench import generate
+
+    with kvevict.backend("reference"):
+        row = generate.measure(generate.build("cpu"), 300, 2, 3.35e12)
+    assert row["whole_cache_bytes"] == 4 * 2 * 2 * 2 * 16 * 4 * (300 + 32)
+    assert row["cut_cache_bytes"] == 4 * 2 * 2 * 2 * 16 * 4 * (75 + 32)
+    assert 0 < row["eviction_share_of_prefill"] and row["planned_break_even_steps"] > 0
+
+
+def test_overhead_measures_calls_without_kernels():
+    from bench import overhead
+
+    with kvevict.backend("reference"):
+        calls = overhead.calls("cpu")
+    stub = overhead.nothing()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvevict.custom_ops.pick", lambda device: stub)
+        assert all(0 < overhead.microseconds(call, calls=5, repeats=1) < 1e5 for call, _ in calls.values())

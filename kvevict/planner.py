@@ -1,0 +1,410 @@
+"""`kvevict plan`: what a KV cache weighs, what fits before and after eviction, what evicting costs and when it pays."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvevict import validate
+from kvevict.traffic import Compaction, KeydiffScores, Selection
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8"}
+H100 = 3.35e12  # bytes a second: the data sheet of an H100 SXM
+
+# How much of the whole cache's right answers has to be left, and whether the cache is cut with the question in it.
+USES = {
+    "general": (0.8, "unseen"),
+    "question answering": (0.95, "seen"),
+    "chat": (0.7, "unseen"),
+    "research": (0.95, "unseen"),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer caches per token: `rows` KV heads of `width` elements, `key_width` of them K, the others V."""
+
+    kind: str  # "full", "sliding" or "none" (its state does not grow)
+    rows: int
+    width: int
+    key_width: int
+    window: int | None = None  # tokens that a sliding layer holds at most
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A policy and a share for a use, and what was measured of them; all None but the policy where nothing was."""
+
+    use: str
+    policy: str
+    keep: float | None
+    measured: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes, times in seconds. before: the whole cache; after: full-attention layers cut to `kept` tokens."""
+
+    model: str
+    context: int
+    batch: int
+    keep: float
+    kept: int
+    cache_dtype: str
+    layers: dict[str, int]  # kind -> how many
+    bytes_per_token: int  # of all growing layers together
+    layer_bytes: int  # of the largest layer, before
+    cache_before: int
+    cache_after: int
+    weights: int
+    gpu_memory: int | None
+    largest_context_before: int | None  # at this batch; 0: not even one token fits
+    largest_context_after: int | None
+    largest_batch_before: int | None  # at this context
+    largest_batch_after: int | None
+    workspace: int  # transient, of evicting one layer in place
+    bandwidth: float
+    eviction_seconds: float  # computed at that bandwidth, not timed
+    saved_seconds_per_step: float
+    break_even_steps: float | None  # decode steps after which evicting has paid; None: nothing is evicted
+    recommendation: Recommendation
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, as `--json` prints them."""
+        return asdict(self)
+
+
+def presets() -> dict[str, dict[str, Any]]:
+    """Configurations of common models, as in their config.json, and their number of parameters."""
+    return json.loads(importlib.resources.files("kvevict").joinpath("data/presets.json").read_text())
+
+
+def quantity(name: str, value: int | str) -> int:
+    """128K is 131,072 (tokens); 80GiB and 80GB are bytes, of 2^30 and 10^9.
+
+    Raises:
+        ValueError: not such a quantity, or below 1.
+    """
+    units = {"": 1, "K": 2**10, "M": 2**20, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+             "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
+    if not match or match[2].upper() not in units or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}: expected a number such as 4096, 128K or 80GiB")
+    number = int(float(match[1]) * units[match[2].upper()])
+    if number < 1:
+        raise ValueError(f"{name} is {value!r}: expected at least 1")
+    return number
+
+
+def model_config(model: Any) -> tuple[str, dict[str, Any]]:
+    """(name, config) of a preset, a config.json or its folder, a transformers config, or a Hugging Face id.
+
+    Raises:
+        kvevict.models.Unavailable: nothing of that name can be had.
+    """
+    from kvevict.models import Unavailable
+
+    if hasattr(model, "to_dict"):
+        return model.model_type, model.get_text_config(decoder=True).to_dict()
+    known = presets()
+    if str(model).lower() in known:
+        return str(model).lower(), known[str(model).lower()]
+    path = pathlib.Path(model)
+    path = path / "config.json" if path.is_dir() else path
+    if path.suffix == ".json":
+        try:
+            config = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise Unavailable(f"cannot read the configuration {path}: {error}") from error
+        return str(model), config.get("text_config", config)
+    try:
+        from transformers import AutoConfig
+
+        return str(model), AutoConfig.from_pretrained(model).get_text_config(decoder=True).to_dict()
+    except ImportError as error:
+        raise Unavailable(f"model is {model!r}, no preset ({', '.join(known)}), and transformers is missing") from error
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise Unavailable(f"model is {model!r}, no preset ({', '.join(known)}), and: {reason}") from error
+
+
+def model_layers(config: dict[str, Any]) -> list[Layer]:
+    """What each layer of a model caches, from its configuration."""
+    count, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    if config.get("kv_lora_rank"):  # MLA: one latent vector and one rotary key for all heads
+        width = config["kv_lora_rank"] + config["qk_rope_head_dim"]  # the latent vector is K and V
+        return [Layer("full", 1, width, width)] * count
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    window = config.get("sliding_window")
+    full = Layer("full", kv_heads, 2 * head_dim, head_dim)
+    sliding, chunked = (
+        Layer("sliding", kv_heads, 2 * head_dim, head_dim, held)
+        for held in (window, config.get("attention_chunk_size"))
+    )
+    by_type = {
+        "full_attention": full,
+        "sliding_attention": sliding,
+        "chunked_attention": chunked,
+    }
+    if config.get("layer_types"):
+        return [by_type.get(kind, Layer("none", 0, 0, 0)) for kind in config["layer_types"]]
+    if not window or config.get("use_sliding_window") is False:
+        return [full] * count
+    pattern = config.get("sliding_window_pattern")  # every so many layers one with full attention
+    if pattern:
+        return [full if (i + 1) % pattern == 0 else sliding for i in range(count)]
+    return [sliding] * count
+
+
+def _parameters(config: dict[str, Any]) -> int:
+    """How many parameters the model has: the configuration says so, or transformers builds it without memory."""
+    if config.get("parameters"):
+        return config["parameters"]
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {key: value for key, value in config.items() if key not in ("model_type", "parameters")}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **options))
+    return sum(p.numel() for p in model.parameters())
+
+
+def cache_bytes(
+    layers: Sequence[Layer], tokens: int, element_size: int, batch: int = 1, kept: int | None = None
+) -> int:
+    """Bytes of the cache after `tokens` tokens; kept: full-attention layers hold so many of them."""
+    total = 0
+    for layer in layers:
+        held = min(tokens, layer.window or tokens)
+        if layer.kind == "full" and kept is not None:
+            held = kept
+        total += held * layer.rows * layer.width * element_size
+    return batch * total
+
+
+def _most(fits, limit: int) -> int:
+    """The largest number from 0 to `limit` that fits; what fits does so for every smaller one."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def recommend(use: str, context: int) -> Recommendation:
+    """The smallest share whose measured accuracy is enough for the use, at the measured length nearest to `context`.
+
+    Raises:
+        ValueError: unknown use.
+    """
+    validate.one_of("use", use, tuple(USES))
+    enough, mode = USES[use]
+    rows = json.loads(importlib.resources.files("kvevict").joinpath("data/quality.json").read_text())["rows"]
+    rows = [row for row in rows if row["mode"] == mode]
+    length = min({row["tokens"] for row in rows}, key=lambda tokens: abs(tokens - context))
+    rows = [row for row in rows if row["tokens"] == length and row["kept"] >= enough]
+    if not rows:
+        return Recommendation(use, "RECOMMENDED", None, None)
+    row = min(rows, key=lambda row: (row["keep"], -row["kept"]))
+    measured = (
+        f"{row['kept']:.0%} of the whole cache's right answers at {length:,} tokens, question {mode} "
+        f"({row['model']}, {row['samples']} samples)"
+    )
+    return Recommendation(use, row["policy"], row["keep"], measured)
+
+
+def plan(
+    model: Any,
+    *,
+    context: int | str = 131072,
+    batch: int = 1,
+    dtype: str = "bfloat16",
+    cache_dtype: str | None = None,
+    gpu_memory: int | str | None = None,
+    keep: float = 0.5,
+    bandwidth: float = H100,
+    use: str = "general",
+) -> Plan:
+    """What a model's KV cache weighs before and after eviction, what then fits, and what evicting costs.
+
+    Everything is computed, nothing is timed. Sliding-window layers hold at most their window and are not evicted from.
+    An MLA layer is counted as serving engines store it, one latent vector per token.
+
+    Args:
+        model: a preset (`kvevict.planner.presets`), a config.json or its folder, a transformers config, or a Hugging
+            Face id (which needs transformers and, unless cached, a network).
+        context: tokens per request, such as 131072 or "128K".
+        batch: requests.
+        dtype: of the weights, and of the cache: float32, bfloat16, float16, float8 (or fp32, bf16, fp16, fp8).
+        cache_dtype: of the cache, where it differs; None: float8 where the configuration says so, else dtype.
+        gpu_memory: bytes, or such as "80GiB"; None: nothing is said of what fits.
+        keep: share of the tokens that stay.
+        bandwidth: bytes a second that eviction and decoding move; default: an H100 SXM's data sheet.
+        use: "general", "question answering", "chat" or "research", for the recommendation.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range. kvevict.models.Unavailable: the model cannot be had.
+    """
+    tokens = quantity("context", context)
+    validate.integer("batch", batch, 1)
+    memory = None if gpu_memory is None else quantity("gpu_memory", gpu_memory)
+    if validate.number("bandwidth", bandwidth) <= 0:
+        raise ValueError(f"bandwidth is {bandwidth}: expected bytes a second")
+    if not isinstance(keep, float):
+        raise TypeError(f"keep is {keep!r}: expected a float in (0, 1], a share")
+    kept = validate.kept_tokens(keep, tokens, 0, 0)
+    recommendation = recommend(use, tokens)
+    name, config = model_config(model)
+    layers = model_layers(config)
+    notes = []
+    if cache_dtype is None and _stores_fp8(config):
+        cache_dtype = "float8"
+        notes.append("the configuration stores K and V as float8")
+    dtype, cache_dtype = _dtype("dtype", dtype), _dtype("cache_dtype", dtype if cache_dtype is None else cache_dtype)
+    e = BYTES[cache_dtype]
+    weights = _parameters(config) * BYTES[dtype]
+    if config.get("kv_lora_rank"):
+        notes.append("MLA as serving engines store it; transformers' own cache holds K and V of every head")
+    kinds = {kind: sum(layer.kind == kind for layer in layers) for kind in ("full", "sliding", "none")}
+    if kinds["none"]:
+        notes.append(f"{kinds['none']} layers keep a state that does not grow; it is not counted")
+    if not kinds["full"]:
+        notes.append("no layer has full attention: there is nothing to evict from")
+
+    def fits(tokens: int, batch: int, evicted: bool) -> bool:
+        left = validate.kept_tokens(keep, tokens, 0, 0) if evicted else None
+        return memory is not None and weights + cache_bytes(layers, tokens, e, batch, left) <= memory
+
+    largest: list[int | None] = [None] * 4
+    if memory is not None:
+        largest = [
+            *(_most(lambda n, after=after: n == 0 or fits(n, batch, after), 2**31) for after in (False, True)),
+            *(_most(lambda n, after=after: fits(tokens, n, after), 2**20) for after in (False, True)),
+        ]
+        if largest[0] == 2**31:
+            notes.append("the cache does not grow with the context")
+
+    full = [layer for layer in layers if layer.kind == "full"]
+    moved = 0.0
+    for layer in full:
+        heads, values = batch * layer.rows, layer.width - layer.key_width
+        moved += KeydiffScores(heads, tokens, layer.key_width, e).bytes + Selection(heads, tokens, kept).bytes
+        moved += Compaction(heads, kept, kept, layer.key_width, values, e).bytes
+    before, after = cache_bytes(layers, tokens, e, batch), cache_bytes(layers, tokens, e, batch, kept)
+    eviction = moved / bandwidth if kept < tokens else 0.0
+    saved = (before - after) / bandwidth
+    most_rows = max((layer.rows for layer in full), default=0)
+    return Plan(
+        model=name,
+        context=tokens,
+        batch=batch,
+        keep=keep,
+        kept=kept,
+        cache_dtype=cache_dtype,
+        layers={kind: count for kind, count in kinds.items() if count},
+        bytes_per_token=sum(layer.rows * layer.width * e for layer in layers),
+        layer_bytes=max(cache_bytes([layer], tokens, e, batch) for layer in layers),
+        cache_before=before,
+        cache_after=after,
+        weights=weights,
+        gpu_memory=memory,
+        largest_context_before=largest[0],
+        largest_context_after=largest[1],
+        largest_batch_before=largest[2],
+        largest_batch_after=largest[3],
+        # Scores (float32) of a layer's tokens and indices (int64) of those that stay.
+        workspace=batch * most_rows * (4 * tokens + 8 * kept),
+        bandwidth=bandwidth,
+        eviction_seconds=eviction,
+        saved_seconds_per_step=saved,
+        break_even_steps=eviction / saved if saved else None,
+        recommendation=recommendation,
+        notes=tuple(notes),
+    )
+
+
+def _dtype(name: str, value: str) -> str:
+    value = SHORT.get(value, value)
+    validate.one_of(name, value, tuple(BYTES))
+    return value
+
+
+def _stores_fp8(config: dict[str, Any]) -> bool:
+    """Quantized checkpoints say how K and V are stored: compressed-tensors' kv_cache_scheme, ModelOpt's algorithm."""
+    quantization = config.get("quantization_config") or {}
+    scheme = quantization.get("kv_cache_scheme") or {}
+    algorithm = quantization.get("kv_cache_quant_algo") or ""
+    return scheme.get("num_bits") == 8 or algorithm.upper() == "FP8"
+
+
+def show(result: Plan) -> None:
+    """Print a plan as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def size(value: float) -> str:
+        return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.2f} MiB"
+
+    table = Table(title=f"{result.model}, {result.context:,} tokens, batch {result.batch}, {result.cache_dtype} cache")
+    for column in ("", "before", f"keep {result.keep:g}"):
+        table.add_column(column, justify="right" if column else "left")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in result.layers.items())
+    table.add_row("layers", kinds, "")
+    table.add_row("cache per token", size(result.bytes_per_token), "")
+    table.add_row("largest layer", size(result.layer_bytes), "")
+    table.add_row("cache", size(result.cache_before), size(result.cache_after))
+    table.add_row("weights", size(result.weights), size(result.weights))
+    if result.gpu_memory is not None:
+        both = size(result.weights + result.cache_before), size(result.weights + result.cache_after)
+        table.add_row(f"in all, of {size(result.gpu_memory)}", *both)
+        table.add_row("largest context", f"{result.largest_context_before:,}", f"{result.largest_context_after:,}")
+        table.add_row("largest batch", f"{result.largest_batch_before:,}", f"{result.largest_batch_after:,}")
+    table.add_row("workspace of evicting", "", size(result.workspace))
+    table.add_row("evicting, computed", "", f"{result.eviction_seconds * 1e3:.2f} ms")
+    table.add_row("saved per decode step", "", f"{result.saved_seconds_per_step * 1e3:.3f} ms")
+    steps = "-" if result.break_even_steps is None else f"{result.break_even_steps:.1f} steps"
+    table.add_row("evicting has paid after", "", steps)
+    console = Console()
+    console.print(table)
+    console.print(f"computed at {result.bandwidth / 1e12:.2f} TB/s, not timed; a prompt that is read whole needs its")
+    console.print(f"cache whole while it is read: EvictingCache(budget={result.kept}) and chunks need budget + chunk")
+    advice = result.recommendation
+    keep = "not measured to be enough at any share" if advice.keep is None else f"keep {advice.keep:g}"
+    console.print(f"for {advice.use}: {advice.policy}, {keep}" + (f": {advice.measured}" if advice.measured else ""))
+    for note in result.notes:
+        console.print(f"note: {note}")
+
+
+def draw(model: Any, result: Plan, path: pathlib.Path) -> None:
+    """Cache and weights against context, before and after, under the GPU's memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    layers, e = model_layers(model_config(model)[1]), BYTES[result.cache_dtype]
+    contexts = [2**k for k in range(10, max(result.context.bit_length() + 2, 18))]
+    with plt.style.context("tableau-colorblind10"):
+        figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+        for label, share, marker in (("whole cache", 1.0, "o"), (f"keep {result.keep:g}", result.keep, "s")):
+            sizes = [
+                cache_bytes(layers, n, e, result.batch, validate.kept_tokens(share, n, 0, 0)) + result.weights
+                for n in contexts
+            ]
+            axis.plot(contexts, [size / 2**30 for size in sizes], marker=marker, markersize=4, label=label)
+        axis.axhline(result.weights / 2**30, color="gray", linestyle=":", label="weights")
+        if result.gpu_memory is not None:
+            axis.axhline(result.gpu_memory / 2**30, color="black", linestyle="--", label="GPU memory")
+        axis.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="weights and cache (GiB)")
+        axis.set_title(f"{result.model}, batch {result.batch}, {result.cache_dtype} cache (computed)")
+        axis.legend(fontsize=8)
+        figure.savefig(path, dpi=130)
+        plt.close(figure)

@@ -1,0 +1,184 @@
+"""The planner: its figures against real caches, transformers' configurations, and sums done by hand."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kvevict
+from kvevict import planner
+from kvevict.models import Unavailable
+
+GIB = 2**30
+
+
+def test_llama_2_7b_at_128k_holds_2_gib_a_layer():
+    """Not 4 GB a layer and 128 GB in all, as it is sometimes told: K and V of 32 heads of 128 in two bytes."""
+    plan = kvevict.plan("llama-2-7b", context="128K", dtype="bf16")
+    assert plan.layer_bytes == 2 * GIB and plan.cache_before == 64 * GIB
+    assert plan.cache_after == 32 * GIB and plan.kept == 65536 and plan.bytes_per_token == 2**19
+    assert kvevict.plan("llama-2-7b", context=131072, cache_dtype="fp8").cache_before == 32 * GIB
+    assert kvevict.plan("llama-2-7b", context=131072, batch=4, keep=0.25).cache_after == 64 * GIB
+
+
+def test_layers_of_every_kind():
+    eight = kvevict.plan("llama-3-8b", context="8K")
+    assert eight.cache_before == 8192 * 32 * 2 * 8 * 128 * 2 == GIB
+    gemma = kvevict.plan("gemma-3-27b", context="32K", keep=0.5)
+    token = 2 * 16 * 128 * 2
+    assert gemma.layers == {"full": 10, "sliding": 52}
+    assert gemma.cache_before == token * (10 * 32768 + 52 * 1024)
+    assert gemma.cache_after == token * (10 * 16384 + 52 * 1024)
+    deepseek = kvevict.plan("deepseek-v3", context="32K")
+    assert deepseek.cache_before == 61 * 32768 * (512 + 64) * 2
+    assert any("MLA" in note for note in deepseek.notes)
+    sliding = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=64, sliding_window=128)
+    assert [layer.kind for layer in planner.model_layers(sliding)] == ["sliding"] * 2
+    assert [layer.kind for layer in planner.model_layers(sliding | dict(use_sliding_window=False))] == ["full"] * 2
+    mixed = sliding | dict(layer_types=["linear_attention", "full_attention"])
+    assert [layer.kind for layer in planner.model_layers(mixed)] == ["none", "full"]
+
+
+# In a process of its own: conftest's torch.empty would give the meta device memory.
+COUNT = """
+import json, transformers
+from kvevict import planner
+found = {}
+for name, preset in planner.presets().items():
+    options = {key: value for key, value in preset.items() if key not in ("model_type", "parameters")}
+    config = transformers.AutoConfig.for_model(preset["model_type"], **options)
+    same = planner.model_layers(preset) == planner.model_layers(config.to_dict())
+    found[name] = planner._parameters(preset | dict(parameters=None)), same
+print(json.dumps(found))
+"""
+
+
+def test_presets_are_what_transformers_builds():
+    pytest.importorskip("transformers")
+    done = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found == {name: [preset["parameters"], True] for name, preset in planner.presets().items()}
+
+
+FAMILIES = {
+    "llama": dict(model_type="llama"),
+    "gemma3": dict(model_type="gemma3_text", sliding_window=64, head_dim=16, num_hidden_layers=6),
+    "qwen3": dict(model_type="qwen3", head_dim=32),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_are_those_of_real_caches(family):
+    transformers = pytest.importorskip("transformers")
+    from kvevict.hf import EvictingCache
+
+    options = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                   num_key_value_heads=2, pad_token_id=0) | FAMILIES[family]  # fmt: skip
+    config = transformers.AutoConfig.for_model(options.pop("model_type"), **options)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    plan = kvevict.plan(config, context=200, batch=3, dtype="float32", keep=0.25)
+    assert plan.weights == sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
+    ids = torch.randint(1, 64, (3, 200))
+    whole, cut = transformers.DynamicCache(config=config), EvictingCache(config, keep=0.25)
+    with kvevict.backend("reference"):
+        for cache in (whole, cut):
+            model(ids, past_key_values=cache)
+        report = cut.report()
+    slack = sum(kind == "sliding" for kind in (layer.kind for layer in planner.model_layers(config.to_dict())))
+    window_row = 3 * 2 * 2 * 16 * 4  # transformers keeps window - 1 tokens of a sliding layer between forwards
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in whole.layers)
+    assert plan.cache_before == held + slack * window_row
+    assert sum(r.bytes for r in report) == plan.cache_after - (slack * 64 * window_row)
+    assert len(report) == plan.layers["full"]
+
+
+def test_what_fits_is_the_most_that_fits():
+    plan = kvevict.plan("llama-3-8b", context="32K", batch=2, gpu_memory="80GiB", keep=0.5)
+
+    def used(context, batch, keep=None):
+        kept = None if keep is None else int(keep * context + 0.5)
+        layers = planner.model_layers(planner.presets()["llama-3-8b"])
+        return plan.weights + planner.cache_bytes(layers, context, 2, batch, kept)
+
+    memory = 80 * GIB
+    for most, keep in ((plan.largest_context_before, None), (plan.largest_context_after, 0.5)):
+        assert used(most, 2, keep) <= memory < used(most + 2, 2, keep)
+    for most, keep in ((plan.largest_batch_before, None), (plan.largest_batch_after, 0.5)):
+        assert used(32768, most, keep) <= memory < used(32768, most + 1, keep)
+    assert plan.largest_batch_after >= 2 * plan.largest_batch_before
+    small = kvevict.plan("llama-3-70b", gpu_memory="80GiB")  # the weights alone do not fit
+    assert small.largest_context_before == small.largest_batch_after == 0
+    assert kvevict.plan("llama-3-8b").largest_batch_after is None
+
+
+def test_evicting_pays_after_as_many_steps_as_it_costs():
+    plan = kvevict.plan("llama-3-8b", context=32768, keep=0.5, bandwidth=1e12)
+    rows, D, e, S, n = 8, 128, 2, 32768, 16384
+    moved = 32 * rows * (S * (2 * D * e + 4) + (4 * S + 8 * n) + (8 * n + 2 * n * 2 * D * e))
+    assert plan.eviction_seconds == pytest.approx(moved / 1e12)
+    assert plan.saved_seconds_per_step == pytest.approx((plan.cache_before - plan.cache_after) / 1e12)
+    assert plan.break_even_steps == pytest.approx(plan.eviction_seconds / plan.saved_seconds_per_step)
+    assert 3 < plan.break_even_steps < 5  # two passes over K, and half of K and V read and written
+    assert kvevict.plan("llama-3-8b", keep=1.0).break_even_steps is None
+    assert plan.workspace == 8 * (4 * S + 8 * n)
+
+
+def test_recommendations_are_what_was_measured():
+    root = pathlib.Path(__file__).parent.parent
+    quoted = json.loads((root / "kvevict/data/quality.json").read_text())["rows"]
+    pytest.importorskip("transformers")
+    from bench.quality import published
+
+    derived = []
+    for tokens in sorted({row["tokens"] for row in quoted}):
+        rows = json.loads((root / f"bench/results/cpu/quality-{tokens}.json").read_text())["rows"]
+        derived += published(rows, quoted[0]["model"], tokens)
+    assert quoted == derived
+    for use in planner.USES:
+        advice = planner.recommend(use, 2048)
+        assert advice.policy in ("RECOMMENDED", "KeyDiff") and advice.keep in (0.8, 0.5, 0.25, 0.1)
+        assert "SmolLM2-135M" in advice.measured and "samples" in advice.measured
+    assert planner.recommend("question answering", 1000).keep < planner.recommend("research", 1000).keep
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [(dict(context="12X"), ValueError, "context is '12X'"), (dict(context=0), ValueError, "context is 0"),
+     (dict(batch=0), ValueError, "batch is 0"), (dict(dtype="int3"), ValueError, "dtype is 'int3'"),
+     (dict(gpu_memory="much"), ValueError, "gpu_memory is 'much'"), (dict(keep=1.5), ValueError, "keep is 1.5"),
+     (dict(keep=5), TypeError, "keep is 5"), (dict(bandwidth=0), ValueError, "bandwidth is 0"),
+     (dict(use="poetry"), ValueError, "use is 'poetry'"), (dict(model="no/such/folder.json"), Unavailable, "no/such")],
+    ids=str,
+)  # fmt: skip
+def test_bad_arguments_are_named(options, error, match):
+    with pytest.raises(error, match=match):
+        kvevict.plan(**(dict(model="llama-3-8b") | options))
+
+
+def command(*arguments):
+    return subprocess.run([sys.executable, "-m", "kvevict", "plan", *arguments], capture_output=True, text=True)
+
+
+def test_command_line(tmp_path):
+    pytest.importorskip("typer")
+    done = command("--model", "llama-2-7b", "--context", "128K", "--batch", "4", "--dtype", "bf16", "--gpu-memory",
+                   "80GiB", "--keep", "0.5", "--json", "--plot", str(tmp_path / "plan.png"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    expected = kvevict.plan("llama-2-7b", context="128K", batch=4, gpu_memory="80GiB").to_dict()
+    assert result == json.loads(json.dumps(expected)) and result["cache_before"] == 256 * GIB
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    (tmp_path / "config.json").write_text(json.dumps(planner.presets()["qwen3-4b"]))
+    done = command("--model", str(tmp_path), "--context", "4K")
+    assert done.returncode == 0 and "576.00 MiB" in done.stdout and "computed at" in done.stdout, done.stdout
+    for arguments in (["--model", str(tmp_path / "none.json")], ["--model", "llama-3-8b", "--context", "x"],
+                      ["--model", "llama-3-8b", "--plot", "/no/such/a.png"]):  # fmt: skip
+        done = command(*arguments)
+        assert done.returncode == 2 and done.stderr.startswith("kvevict plan: ") and "Traceback" not in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1 and arguments[-1] in done.stderr
