@@ -3,8 +3,9 @@
     fill_holes_kernel   [B, H, n] int64: for the fewest moves, which token ends up in which slot
     move_rows_kernel    slot j of every head gets the row of token slots[j]
 
-Shapes: keys [B, H, S, D], values [B, H, S, Dv], any strides with a contiguous last dimension; slots [B, H, n] int64,
--1 for padding. Rows move as they are, byte for byte; a row already in its slot does not move.
+Shapes: keys [B, H, S, D], values [B, H, S, Dv], any strides with a contiguous last dimension, or paged [blocks, H,
+block_size, D] under a block table; slots [B, H, n] int64, -1 for padding. Rows move as they are, byte for byte; a row
+already in its slot does not move. Paged rows may move to a request's end instead: slots are then counted back from it.
 Bytes per row of n slots, m of them moved: (D + Dv)·e·2m, and 8·n to 24·n of indices.
 
 In place, order kept. Slot j never lies after its source, but the slots that a program writes are the sources of
@@ -24,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .launch_config import cdiv, move_config
-from .primitives import count_below, row_pointers
+from .primitives import PAGING, count_below, paging, token_pointers
 
 _LENGTH_DEPENDENT = ["n", "H", "rows", "blocks", "slots_stride_b", "slots_stride_h"]
 _AFTER_ALL = tl.constexpr(0x7FFFFFFFFFFFFFFF)
@@ -55,10 +56,10 @@ def fill_holes_kernel(
     tl.store(slots_ptr + row * n + slots, source, mask=slots < n)
 
 
-@triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
+@triton.jit(do_not_specialize=_LENGTH_DEPENDENT + PAGING)
 def move_rows_kernel(
-    keys_ptr, values_ptr, new_keys_ptr, new_values_ptr, slots_ptr, flags_ptr, n, H, rows, blocks,
-    slots_stride_b, slots_stride_h,
+    keys_ptr, values_ptr, new_keys_ptr, new_values_ptr, slots_ptr, table_ptr, ends_ptr, flags_ptr, n, H, rows, blocks,
+    slots_stride_b, slots_stride_h, table_stride, block_size,
     key_stride_b, key_stride_h, key_stride_s, value_stride_b, value_stride_h, value_stride_s,
     new_key_stride_b, new_key_stride_h, new_key_stride_s, new_value_stride_b, new_value_stride_h, new_value_stride_s,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -83,10 +84,21 @@ def move_rows_kernel(
     columns, value_columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     inside, value_inside = (columns < D)[None, :], (value_columns < DV)[None, :]
 
-    head = row_pointers(keys_ptr + b * key_stride_b + h * key_stride_h, sources, key_stride_s, columns)
-    key = tl.load(head, mask=moves[:, None] & inside, other=0)
-    head = row_pointers(values_ptr + b * value_stride_b + h * value_stride_h, sources, value_stride_s, value_columns)
-    value = tl.load(head, mask=moves[:, None] & value_inside, other=0)
+    if ends_ptr is None:
+        tokens, new_tokens = sources, slots
+    else:  # slots are counted from the request's end: the same order of moves, mirrored
+        end = tl.load(ends_ptr + b).to(tl.int64) - 1
+        tokens, new_tokens = end - sources, end - slots
+    pointers = token_pointers(
+        keys_ptr, table_ptr, table_stride, block_size, b, h, tokens, moves,
+        key_stride_b, key_stride_h, key_stride_s, columns,
+    )  # fmt: skip
+    key = tl.load(pointers, mask=moves[:, None] & inside, other=0)
+    pointers = token_pointers(
+        values_ptr, table_ptr, table_stride, block_size, b, h, tokens, moves,
+        value_stride_b, value_stride_h, value_stride_s, value_columns,
+    )  # fmt: skip
+    value = tl.load(pointers, mask=moves[:, None] & value_inside, other=0)
 
     if IN_PLACE and ORDERED:
         row_flags_ptr = flags_ptr + 1 + row * blocks
@@ -99,12 +111,16 @@ def move_rows_kernel(
             while has_read == 0:
                 has_read = tl.atomic_add(row_flags_ptr + other, 0, sem="acquire")
 
-    head = row_pointers(new_keys_ptr + b * new_key_stride_b + h * new_key_stride_h, slots, new_key_stride_s, columns)
-    tl.store(head, key, mask=writes[:, None] & inside)
-    head = row_pointers(
-        new_values_ptr + b * new_value_stride_b + h * new_value_stride_h, slots, new_value_stride_s, value_columns
-    )
-    tl.store(head, value, mask=writes[:, None] & value_inside)
+    pointers = token_pointers(
+        new_keys_ptr, table_ptr, table_stride, block_size, b, h, new_tokens, writes,
+        new_key_stride_b, new_key_stride_h, new_key_stride_s, columns,
+    )  # fmt: skip
+    tl.store(pointers, key, mask=writes[:, None] & inside)
+    pointers = token_pointers(
+        new_values_ptr, table_ptr, table_stride, block_size, b, h, new_tokens, writes,
+        new_value_stride_b, new_value_stride_h, new_value_stride_s, value_columns,
+    )  # fmt: skip
+    tl.store(pointers, value, mask=writes[:, None] & value_inside)
 
 
 def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
@@ -112,16 +128,17 @@ def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
     return rows.view(torch.uint8) if rows.element_size() == 1 else rows
 
 
-def _launch_move(keys, values, slots, new_keys, new_values, in_place: bool, ordered: bool) -> None:
+def _launch_move(keys, values, slots, new_keys, new_values, in_place: bool, ordered: bool, table=None, ends=None):
     keys, values, new_keys, new_values = map(_as_bytes, (keys, values, new_keys, new_values))
-    (B, H, _, D), DV, n = keys.shape, values.shape[3], slots.shape[2]
+    (B, H, n), D, DV = slots.shape, keys.shape[3], values.shape[3]
     config = move_config(D, DV, keys.element_size())
     blocks = cdiv(n, config.block_rows)
     flags = None
     if in_place and ordered:  # the ticket, then one flag per block
         flags = torch.zeros(1 + B * H * blocks, dtype=torch.int32, device=keys.device)
     move_rows_kernel[(B * H * blocks,)](
-        keys, values, new_keys, new_values, slots, flags, n, H, B * H, blocks, *slots.stride()[:2],
+        keys, values, new_keys, new_values, slots, table, ends, flags, n, H, B * H, blocks, *slots.stride()[:2],
+        *paging(keys, table),
         *keys.stride()[:3], *values.stride()[:3], *new_keys.stride()[:3], *new_values.stride()[:3],
         D=D, DV=DV, BLOCK_D=config.block_dim, BLOCK_DV=config.block_value_dim, BLOCK_R=config.block_rows,
         IN_PLACE=in_place, ORDERED=ordered, num_warps=config.num_warps,
@@ -136,12 +153,20 @@ def fill_holes(indices: torch.Tensor, out: torch.Tensor) -> None:
     fill_holes_kernel[(B * H * cdiv(n, BLOCK),)](indices, out, n, H, B * H, *indices.stride()[:2], BLOCK=BLOCK)
 
 
-def move_rows(keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, ordered: bool) -> None:
+def move_rows(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    ordered: bool,
+    table: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
+) -> None:
     """In place: slot j of every head gets row slots[j]; -1 leaves the slot as it is.
 
     ordered: slots ascend. Otherwise no row that moves may come from a slot that is written (fill_holes's output).
+    table: keys and values are paged. ends [B]: slots and the rows they name are counted back from these lengths.
     """
-    _launch_move(keys, values, slots, keys, values, in_place=True, ordered=ordered)
+    _launch_move(keys, values, slots, keys, values, in_place=True, ordered=ordered, table=table, ends=ends)
 
 
 def copy_rows(

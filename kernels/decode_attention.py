@@ -6,7 +6,8 @@
     track_kernel         mass ← decay · mass + mean weight over the GQA group; last_used ← step where that mean
                          reaches the threshold
 
-Shapes: queries [B, Hq, 1, D], keys [B, H, S, D], values [B, H, S, Dv], any strides with a contiguous last dimension;
+Shapes: queries [B, Hq, 1, D], keys [B, H, S, D], values [B, H, S, Dv], any strides with a contiguous last dimension,
+or paged [blocks, H, block_size, D] under a block table;
 mass [B, H, S] float32 and last_used [B, H, S] int32, rows contiguous. The G = Hq/H queries of a KV head are one tile,
 padded to 16 rows, so K and V are read once.
 Bytes per (batch, KV head): (D + Dv)·S·e; to track, 4·G·S of logits written and read (in L2), 8·S of mass, 4·S of
@@ -19,17 +20,17 @@ import triton
 import triton.language as tl
 
 from .launch_config import cdiv, decode_config, multiprocessors
-from .primitives import dot_type, plain_bytes, row_length, row_pointers
+from .primitives import PAGING, cache_shape, dot_type, paging, plain_bytes, row_length, row_pointers, token_pointers
 from .score_attention import _LOG2_E, load_tile, product
 
-_LENGTH_DEPENDENT = ["S", "H", "splits", "chunk"]
+_LENGTH_DEPENDENT = ["S", "H", "splits", "chunk", *PAGING]
 _MASS_STRIDES = ["mass_stride_b", "mass_stride_h", "used_stride_b", "used_stride_h"]
 
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def decode_run_kernel(
-    queries_ptr, keys_ptr, values_ptr, lengths_ptr, logits_ptr, sums_ptr, best_ptr, total_ptr,
-    scale, S, H, splits, chunk,
+    queries_ptr, keys_ptr, values_ptr, table_ptr, lengths_ptr, logits_ptr, sums_ptr, best_ptr, total_ptr,
+    scale, S, H, splits, chunk, table_stride, block_size,
     query_stride_b, query_stride_h, key_stride_b, key_stride_h, key_stride_s,
     value_stride_b, value_stride_h, value_stride_s,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -51,8 +52,6 @@ def decode_run_kernel(
         queries_ptr + b * query_stride_b + h * G * query_stride_h, heads, query_stride_h, columns
     )
     query = load_tile(query_pointers, in_group & (columns < D)[None, :], COMPUTE, DECODE_Q)
-    key_head_ptr = keys_ptr + b * key_stride_b + h * key_stride_h
-    value_head_ptr = values_ptr + b * value_stride_b + h * value_stride_h
 
     best = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
@@ -60,9 +59,12 @@ def decode_run_kernel(
     for start in range(begin, end, BLOCK_S):
         tokens = start + tl.arange(0, BLOCK_S)
         inside = tokens < end
+        key_pointers = token_pointers(
+            keys_ptr, table_ptr, table_stride, block_size, b, h, tokens, inside,
+            key_stride_b, key_stride_h, key_stride_s, columns,
+        )  # fmt: skip
         logits = scale * product(
-            query, query_pointers, in_group,
-            row_pointers(key_head_ptr, tokens, key_stride_s, columns), inside[:, None],
+            query, query_pointers, in_group, key_pointers, inside[:, None],
             D, BLOCK_D, COMPUTE, DECODE_Q, DECODE_K,
         )  # fmt: skip
         if logits_ptr is not None:
@@ -74,9 +76,11 @@ def decode_run_kernel(
         shrink = tl.exp2(best - best_after)
         total = total * shrink + tl.sum(weights, 1)
         value_mask = inside[:, None] & (value_columns < DV)[None, :]
-        value = load_tile(
-            row_pointers(value_head_ptr, tokens, value_stride_s, value_columns), value_mask, COMPUTE, DECODE_K
-        )
+        value_pointers = token_pointers(
+            values_ptr, table_ptr, table_stride, block_size, b, h, tokens, inside,
+            value_stride_b, value_stride_h, value_stride_s, value_columns,
+        )  # fmt: skip
+        value = load_tile(value_pointers, value_mask, COMPUTE, DECODE_K)
         sums = tl.dot(weights.to(COMPUTE), value, sums * shrink[:, None], input_precision="ieee")
         best = best_after
 
@@ -145,9 +149,10 @@ def decode_attention(
     step: int,
     threshold: float,
     out: torch.Tensor,
+    table: torch.Tensor | None = None,
 ) -> None:
     """Fill out [B, Hq, 1, Dv] with softmax(scale · q·K) · V; update mass and last_used [B, H, S] where given."""
-    (B, HQ, _, D), (H, S), DV = queries.shape, keys.shape[1:3], values.shape[3]
+    HQ, DV, (B, H, S, D) = queries.shape[1], values.shape[3], cache_shape(keys, table)
     G, rows = HQ // H, B * H
     config = decode_config(rows, G, S, D, DV, queries.element_size(), multiprocessors(keys.device))
 
@@ -158,12 +163,12 @@ def decode_attention(
     sums = workspace(rows, config.splits, G, DV)
     best, total = workspace(2, rows, config.splits, G)
     lse = workspace(B, HQ)
-    strides = (*queries.stride()[:2], *keys.stride()[:3], *values.stride()[:3])
+    strides = (*paging(keys, table), *queries.stride()[:2], *keys.stride()[:3], *values.stride()[:3])
     compute = dot_type(queries)
     (queries, decode_q), (keys, decode_k) = plain_bytes(queries), plain_bytes(keys)
     values, _ = plain_bytes(values)
     decode_run_kernel[(rows * config.splits * cdiv(DV, config.block_value_dim),)](
-        queries, keys, values, lengths, logits, sums, best, total,
+        queries, keys, values, table, lengths, logits, sums, best, total,
         scale * _LOG2_E.value, S, H, config.splits, config.chunk, *strides,
         G=G, D=D, DV=DV, BLOCK_D=config.block_dim, BLOCK_DV=config.block_value_dim, BLOCK_R=config.block_rows,
         BLOCK_S=config.block_tokens, COMPUTE=compute, DECODE_Q=decode_q, DECODE_K=decode_k, num_warps=config.num_warps,

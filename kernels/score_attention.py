@@ -5,9 +5,10 @@
     attention_mass_kernel   [B, H, S]: each program holds a block of keys, recomputes its logits against all queries
                             that see it, exponentiates them against the LSE and adds them up
 
-Shapes: queries [B, Hq, W, D], the last W of the sequence; keys [B, H, S, D]; any strides with a contiguous last
-dimension. The G = Hq/H query heads of a KV head are one matrix of W·G rows, queries slowest, so a tile of K is read
-once for the group, a single query still makes a tile (padded to 16 rows), and the causal limit rises along the rows.
+Shapes: queries [B, Hq, W, D], the last W of the sequence; keys [B, H, S, D], or paged [blocks, H, block_size, D] under
+a block table; any strides with a contiguous last dimension. The G = Hq/H query heads of a KV head are one matrix of W·G
+rows, queries slowest, so a tile of K is read once for the group, a single query still makes a tile (padded to 16 rows),
+and the causal limit rises along the rows.
 Of a request of `length` tokens, query w belongs to token max(length - W, 0) + w; rows beyond its last are padding.
 Bytes per (batch, KV head): K once for the LSE (whole prompt: its blocks again, from L2, for every block of queries)
 and once for the mass; Q once and then again from L2 for every block of keys; 4·S of mass. Operations: 2·D per
@@ -21,11 +22,11 @@ import triton
 import triton.language as tl
 
 from .launch_config import cdiv, lse_config, mass_config, multiprocessors
-from .primitives import dot_type, plain_bytes, row_length, row_pointers, to_float32
+from .primitives import PAGING, cache_shape, dot_type, paging, plain_bytes, row_length, to_float32, token_pointers
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-_LENGTH_DEPENDENT = ["W", "S", "H"]
+_LENGTH_DEPENDENT = ["W", "S", "H", *PAGING]
 _LSE_STRIDES = ["lse_stride_b", "lse_stride_h"]
 
 
@@ -64,7 +65,8 @@ def product(
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT + ["splits", "chunk", "row_blocks"])
 def attention_lse_kernel(
-    queries_ptr, keys_ptr, lengths_ptr, lse_ptr, scale, W, S, H, row_blocks, splits, chunk,
+    queries_ptr, keys_ptr, table_ptr, lengths_ptr, lse_ptr, scale, W, S, H, row_blocks, splits, chunk,
+    table_stride, block_size,
     query_stride_b, query_stride_h, query_stride_w, key_stride_b, key_stride_h, key_stride_s,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     CAUSAL: tl.constexpr, COMPUTE: tl.constexpr, DECODE_Q: tl.constexpr, DECODE_K: tl.constexpr,
@@ -86,7 +88,6 @@ def attention_lse_kernel(
         queries_ptr + b * query_stride_b + h * G * query_stride_h, rows, query_stride_w, query_stride_h, columns, G
     )
     query = load_tile(query_pointers_, seen_rows[:, None] & (columns < D)[None, :], COMPUTE, DECODE_Q)
-    head_ptr = keys_ptr + b * key_stride_b + h * key_stride_h
 
     begin = split * chunk
     end = tl.minimum(begin + chunk, length)
@@ -96,12 +97,16 @@ def attention_lse_kernel(
     total = tl.zeros([BLOCK_R], tl.float32)
     for start in range(begin, end, BLOCK_S):
         tokens = start + tl.arange(0, BLOCK_S)
+        inside = tokens < end
+        key_pointers = token_pointers(
+            keys_ptr, table_ptr, table_stride, block_size, b, h, tokens, inside,
+            key_stride_b, key_stride_h, key_stride_s, columns,
+        )  # fmt: skip
         logits = scale * product(
-            query, query_pointers_, seen_rows[:, None],
-            row_pointers(head_ptr, tokens, key_stride_s, columns), (tokens < end)[:, None],
+            query, query_pointers_, seen_rows[:, None], key_pointers, inside[:, None],
             D, BLOCK_D, COMPUTE, DECODE_Q, DECODE_K,
         )  # fmt: skip
-        visible = (tokens < end)[None, :]
+        visible = inside[None, :]
         if CAUSAL:
             visible = visible & (tokens[None, :] <= offset + queries[:, None])
         logits = tl.where(visible, logits, float("-inf"))
@@ -173,7 +178,7 @@ def _add_queries(
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT + _LSE_STRIDES)
 def attention_mass_kernel(
-    queries_ptr, keys_ptr, lse_ptr, lengths_ptr, mass_ptr, scale, W, S, H,
+    queries_ptr, keys_ptr, table_ptr, lse_ptr, lengths_ptr, mass_ptr, scale, W, S, H, table_stride, block_size,
     query_stride_b, query_stride_h, query_stride_w, key_stride_b, key_stride_h, key_stride_s,
     lse_stride_b, lse_stride_h,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -190,7 +195,10 @@ def attention_mass_kernel(
     tokens = first + tl.arange(0, BLOCK_S)
     columns = tl.arange(0, BLOCK_D)
     key_mask = (tokens < length)[:, None]
-    key_pointers = row_pointers(keys_ptr + b * key_stride_b + h * key_stride_h, tokens, key_stride_s, columns)
+    key_pointers = token_pointers(
+        keys_ptr, table_ptr, table_stride, block_size, b, h, tokens, tokens < length,
+        key_stride_b, key_stride_h, key_stride_s, columns,
+    )  # fmt: skip
     key = load_tile(key_pointers, key_mask & (columns < D)[None, :], COMPUTE, DECODE_K)
     group_ptr = queries_ptr + b * query_stride_b + h * G * query_stride_h
     lse_ptr += b * lse_stride_b + h * G * lse_stride_h
@@ -234,20 +242,21 @@ def attention_lse(
     causal: bool,
     lengths: torch.Tensor | None,
     out: torch.Tensor,
+    table: torch.Tensor | None = None,
 ) -> None:
     """Fill out [B, Hq, W] float32 with ln Σ_i exp(scale · q·k_i) over the keys that a query sees; -inf for padding."""
-    (B, HQ, W, D), (H, S) = queries.shape, keys.shape[1:3]
+    (_, HQ, W, _), (B, H, S, D) = queries.shape, cache_shape(keys, table)
     G = HQ // H
     config = lse_config(B * H, W * G, S, D, queries.element_size(), multiprocessors(keys.device))
     row_blocks = cdiv(W * G, config.block_rows)
     parts = out
     if config.splits > 1:
         parts = torch.empty((config.splits, B, HQ, W), dtype=torch.float32, device=keys.device)
-    strides = (*queries.stride()[:3], *keys.stride()[:3])
+    strides = (*paging(keys, table), *queries.stride()[:3], *keys.stride()[:3])
     compute = dot_type(queries)
     (queries, decode_q), (keys, decode_k) = plain_bytes(queries), plain_bytes(keys)
     attention_lse_kernel[(B * H * row_blocks * config.splits,)](
-        queries, keys, lengths, parts, scale * _LOG2_E.value, W, S, H, row_blocks, config.splits, config.chunk,
+        queries, keys, table, lengths, parts, scale * _LOG2_E.value, W, S, H, row_blocks, config.splits, config.chunk,
         *strides, G=G, D=D, BLOCK_D=config.block_dim, BLOCK_R=config.block_rows, BLOCK_S=config.block_tokens,
         CAUSAL=causal, COMPUTE=compute, DECODE_Q=decode_q, DECODE_K=decode_k, num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -267,17 +276,18 @@ def attention_mass(
     count: bool,
     lengths: torch.Tensor | None,
     out: torch.Tensor,
+    table: torch.Tensor | None = None,
 ) -> None:
     """Fill out [B, H, S] float32 with the weights exp(scale · q·k_i - lse) reduced over queries and group; -inf at and
     beyond a row's length. lse [B, Hq, W], last dimension contiguous; count: divide by the queries that see a key."""
-    (B, HQ, W, D), (H, S) = queries.shape, keys.shape[1:3]
+    (_, HQ, W, _), (B, H, S, D) = queries.shape, cache_shape(keys, table)
     G = HQ // H
     config = mass_config(W * G, D, queries.element_size())
-    strides = (*queries.stride()[:3], *keys.stride()[:3], *lse.stride()[:2])
+    strides = (*paging(keys, table), *queries.stride()[:3], *keys.stride()[:3], *lse.stride()[:2])
     compute = dot_type(queries)
     (queries, decode_q), (keys, decode_k) = plain_bytes(queries), plain_bytes(keys)
     attention_mass_kernel[(B * H * cdiv(S, config.block_tokens),)](
-        queries, keys, lse, lengths, out, scale * _LOG2_E.value, W, S, H, *strides,
+        queries, keys, table, lse, lengths, out, scale * _LOG2_E.value, W, S, H, *strides,
         G=G, D=D, BLOCK_D=config.block_dim, BLOCK_R=config.block_rows, BLOCK_S=config.block_tokens,
         CAUSAL=causal, REDUCE=reduce, COUNT=count, COMPUTE=compute, DECODE_Q=decode_q, DECODE_K=decode_k,
         num_warps=config.num_warps,

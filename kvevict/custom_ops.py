@@ -37,10 +37,23 @@ def _run(name: str, device: torch.device, *args) -> None:
         return function(*args)
 
 
-@_custom_op("keydiff_scores(Tensor keys, Tensor? anchor, bool unit, Tensor? lengths, Tensor(a!) out) -> ()")
-def _keydiff_scores_op(keys, anchor, unit, lengths, out):
-    validate.lengths_within(lengths, keys.shape[2])
-    _run("keydiff_scores", keys.device, keys, anchor, unit, lengths, out)
+def _tokens(keys, table) -> int:
+    """S: how many tokens a request can have."""
+    return keys.shape[2] if table is None else table.shape[1] * keys.shape[2]
+
+
+def _check_lengths(lengths, keys, table) -> None:
+    validate.lengths_within(lengths, _tokens(keys, table))
+    if table is not None:
+        validate.blocks_valid(table, lengths, keys, written=False)
+
+
+@_custom_op(
+    "keydiff_scores(Tensor keys, Tensor? anchor, bool unit, Tensor? lengths, Tensor(a!) out, Tensor? table=None) -> ()"
+)
+def _keydiff_scores_op(keys, anchor, unit, lengths, out, table=None):
+    _check_lengths(lengths, keys, table)
+    _run("keydiff_scores", keys.device, keys, anchor, unit, lengths, out, table)
 
 
 @_custom_op(
@@ -60,14 +73,20 @@ def _fill_holes_op(indices, S, trusted, out):
     _run("fill_holes", indices.device, indices, out)
 
 
-@_custom_op("move_rows(Tensor(a!) keys, Tensor(b!) values, Tensor slots, bool ordered, bool trusted) -> ()")
-def _move_rows_op(keys, values, slots, ordered, trusted):
+@_custom_op(
+    "move_rows(Tensor(a!) keys, Tensor(b!) values, Tensor slots, bool ordered, bool trusted, Tensor? table=None, "
+    "Tensor? lengths=None, bool from_end=False) -> ()"
+)
+def _move_rows_op(keys, values, slots, ordered, trusted, table=None, lengths=None, from_end=False):
     validate.no_internal_overlap("keys", keys)
     validate.no_internal_overlap("values", values)
     validate.no_mutual_overlap(keys, values)
     if not trusted:
-        validate.indices_ascend(slots, keys.shape[2])
-    _run("move_rows", keys.device, keys, values, slots, ordered)
+        validate.indices_ascend(slots, _tokens(keys, table))
+        validate.lengths_within(lengths, _tokens(keys, table))
+    if table is not None:
+        validate.blocks_valid(table, lengths, keys, written=True)
+    _run("move_rows", keys.device, keys, values, slots, ordered, table, lengths if from_end else None)
 
 
 @_custom_op(
@@ -80,10 +99,10 @@ def _copy_rows_op(keys, values, slots, trusted, out_keys, out_values):
     _run("copy_rows", keys.device, keys, values, slots, out_keys, out_values)
 
 
-@_custom_op("key_norm_scores(Tensor keys, Tensor? lengths, Tensor(a!) out) -> ()")
-def _key_norm_scores_op(keys, lengths, out):
-    validate.lengths_within(lengths, keys.shape[2])
-    _run("key_norm_scores", keys.device, keys, lengths, out)
+@_custom_op("key_norm_scores(Tensor keys, Tensor? lengths, Tensor(a!) out, Tensor? table=None) -> ()")
+def _key_norm_scores_op(keys, lengths, out, table=None):
+    _check_lengths(lengths, keys, table)
+    _run("key_norm_scores", keys.device, keys, lengths, out, table)
 
 
 @_custom_op("mlp_scores(Tensor hidden, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor(a!) out) -> ()")
@@ -92,33 +111,36 @@ def _mlp_scores_op(hidden, w1, b1, w2, b2, out):
 
 
 @_custom_op(
-    "attention_lse(Tensor queries, Tensor keys, float scale, bool causal, Tensor? lengths, Tensor(a!) out) -> ()"
+    "attention_lse(Tensor queries, Tensor keys, float scale, bool causal, Tensor? lengths, Tensor(a!) out, "
+    "Tensor? table=None) -> ()"
 )
-def _attention_lse_op(queries, keys, scale, causal, lengths, out):
-    validate.lengths_within(lengths, keys.shape[2])
-    _run("attention_lse", keys.device, queries, keys, scale, causal, lengths, out)
+def _attention_lse_op(queries, keys, scale, causal, lengths, out, table=None):
+    _check_lengths(lengths, keys, table)
+    _run("attention_lse", keys.device, queries, keys, scale, causal, lengths, out, table)
 
 
 @_custom_op(
     "attention_mass(Tensor queries, Tensor keys, Tensor lse, float scale, bool causal, str reduce, bool count, "
-    "Tensor? lengths, bool trusted, Tensor(a!) out) -> ()"
+    "Tensor? lengths, bool trusted, Tensor(a!) out, Tensor? table=None) -> ()"
 )
-def _attention_mass_op(queries, keys, lse, scale, causal, reduce, count, lengths, trusted, out):
+def _attention_mass_op(queries, keys, lse, scale, causal, reduce, count, lengths, trusted, out, table=None):
     if not trusted:
-        validate.lengths_within(lengths, keys.shape[2])
-    _run("attention_mass", keys.device, queries, keys, lse, scale, causal, reduce, count, lengths, out)
+        _check_lengths(lengths, keys, table)
+    _run("attention_mass", keys.device, queries, keys, lse, scale, causal, reduce, count, lengths, out, table)
 
 
 @_custom_op(
     "decode_attention(Tensor queries, Tensor keys, Tensor values, float scale, Tensor? lengths, Tensor(a!)? mass, "
-    "float decay, Tensor(b!)? last_used, SymInt step, float threshold, Tensor(c!) out) -> ()"
+    "float decay, Tensor(b!)? last_used, SymInt step, float threshold, Tensor(c!) out, Tensor? table=None) -> ()"
 )
-def _decode_attention_op(queries, keys, values, scale, lengths, mass, decay, last_used, step, threshold, out):
+def _decode_attention_op(
+    queries, keys, values, scale, lengths, mass, decay, last_used, step, threshold, out, table=None
+):  # fmt: skip
     for name, tracked in (("mass", mass), ("last_used", last_used)):
         if tracked is not None:
             validate.no_internal_overlap(name, tracked)
-    validate.lengths_within(lengths, keys.shape[2])
-    arguments = (queries, keys, values, scale, lengths, mass, decay, last_used, step, threshold, out)
+    _check_lengths(lengths, keys, table)
+    arguments = (queries, keys, values, scale, lengths, mass, decay, last_used, step, threshold, out, table)
     _run("decode_attention", keys.device, *arguments)
 
 

@@ -203,6 +203,20 @@ def lengths_within(lengths: Tensor | None, S: int) -> None:
         require(((lengths >= 1) & (lengths <= S)).all(), "lengths", lengths, f"values from 1 to {S}")
 
 
+def blocks_valid(table: Tensor, lengths: Tensor, cache: Tensor, written: bool) -> None:
+    """Every block that holds a token is one of the cache [blocks, H, block_size, D]; written: and of one request."""
+    blocks, _, block_size, _ = cache.shape
+    used = torch.arange(table.shape[1], device=table.device) * block_size < lengths[:, None]
+    inside = ((table >= 0) & (table < blocks)) | ~used
+    require(inside.all(), "block_tables", table, f"blocks from 0 to {blocks - 1} wherever a request has tokens")
+    if written:
+        # Unused entries become numbers that occur once.
+        apart = torch.arange(blocks, blocks + table.numel(), device=table.device).view(table.shape)
+        order = torch.where(used, table, apart).flatten().sort().values
+        expected = "no block twice: shared blocks (prefix caching) are not written; copy them first"
+        require((order[1:] != order[:-1]).all(), "block_tables", table, expected)
+
+
 def indices_ascend(indices: Tensor, S: int) -> None:
     first, then = indices[..., :-1], indices[..., 1:]
     in_order = ((then == -1) | ((then > first) & (first >= 0))).all()

@@ -1,7 +1,7 @@
 """Compile exactly what the launchers would launch, for a GPU that is not there, and read the machine code.
 
     python tests/compile_only.py sm_90            # one JSON line per compiled kernel
-    python tests/compile_only.py sm_90 --lengths  # variants compiled for lengths 1 to 4096
+    python tests/compile_only.py sm_90 --lengths [--paged]  # variants compiled for lengths 1 to 4096
 
 Runs in a process of its own: it replaces Triton's driver, and TRITON_INTERPRET must not be set.
 """
@@ -118,6 +118,7 @@ def launch_scores(S, D, dtype):
     lengths = torch.full((2,), S, dtype=torch.int32)
     backend.keydiff_scores(keys, None, True, None, out)
     backend.keydiff_scores(keys, None, False, lengths, out)
+    backend.keydiff_scores(keys[:, :, :500], None, True, None, out[:, :, :500].contiguous())
     backend.keydiff_scores(keys, torch.empty(2, 4, D), False, None, out)
     backend.key_norm_scores(keys, None, out)
 
@@ -163,6 +164,26 @@ def launch_attention(S, D, dtype):
     backend.decode_attention(query, keys, values, 0.1, None, out, 0.5, used, 7, 1e-3, result)
 
 
+def launch_paged(S, D, dtype):
+    """Every kernel that finds its rows through a block table: blocks of 16 tokens, [2, blocks, 16, heads, D]."""
+    from kvevict.backends import triton as backend
+
+    columns = -(-S // 16)
+    keys, values = (x.transpose(1, 2) for x in torch.empty(2, 2 * columns, 16, 4, D, dtype=dtype))
+    table, lengths = torch.empty(2, columns, dtype=torch.int32), torch.full((2,), S, dtype=torch.int32)
+    out = torch.empty(2, 4, columns * 16)
+    backend.keydiff_scores(keys, None, True, lengths, out, table)
+    backend.key_norm_scores(keys, lengths, out, table)
+    queries, lse = torch.empty(2, 16, 1, D, dtype=dtype), torch.empty(2, 16, 1)
+    backend.attention_lse(queries, keys, 0.1, True, lengths, lse, table)
+    backend.attention_mass(queries, keys, lse, 0.1, True, "mean", True, lengths, out, table)
+    result = torch.empty(2, 16, 1, D, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)
+    backend.decode_attention(queries, keys, values, 0.1, lengths, None, 1.0, None, 0, 0.0, result, table)
+    slots = torch.empty(2, 4, max(S // 2, 1), dtype=torch.int64)
+    backend.move_rows(keys, values, slots, True, table)
+    backend.move_rows(keys, values, slots, True, table, lengths)
+
+
 def launch_mlp(S, M, dtype):
     from kvevict.backends import triton as backend
 
@@ -188,6 +209,9 @@ def matrix(target: str) -> None:
     ):  # fmt: skip
         case.update(D=D, dtype=str(dtype).removeprefix("torch."))
         launch_attention(4096, D, dtype)
+    for D, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (576, torch.bfloat16), (128, torch.float8_e4m3fn)):
+        case.update(D=D, dtype=str(dtype).removeprefix("torch."), paged=True)
+        launch_paged(4096, D, dtype)
     case.clear()
     launch_mlp(4096, 576, torch.bfloat16)
     launch_select(4096)
@@ -197,8 +221,12 @@ def matrix(target: str) -> None:
 def variants(target: str) -> None:
     compiled: dict[str, set] = {}
     compile_only(TARGETS[target], lambda name, kernel: compiled.setdefault(name, set()).add(kernel.hash))
+    paged = "--paged" in sys.argv
     every = [*range(1, 70), *range(70, 4097, 61), 96, 128, 256, 512, 1000, 1024, 2048, 4000, 4096]
     for S in every:
+        if paged:
+            launch_paged(S, 128, torch.bfloat16)
+            continue
         launch_scores(S, 128, torch.bfloat16)
         launch_select(S)
         launch_moves(S, 128, torch.bfloat16)

@@ -9,7 +9,9 @@ import sys
 import pytest
 
 SCRIPT = pathlib.Path(__file__).with_name("compile_only.py")
-READS_ROWS = {"partial_anchor_kernel", "keydiff_scores_kernel", "key_norm_kernel", "move_rows_kernel"}
+READS_ROWS = {
+    "partial_anchor_kernel", "keydiff_scores_kernel", "keydiff_row_kernel", "key_norm_kernel", "move_rows_kernel",
+}  # fmt: skip
 TILES = {"attention_lse_kernel", "attention_mass_kernel", "decode_run_kernel", "mlp_scores_kernel"}
 KERNELS = READS_ROWS | TILES | {
     "fill_holes_kernel", "select_row_kernel", "count_digits_kernel", "write_kept_kernel", "mean_heads_kernel",
@@ -47,3 +49,8 @@ def test_compiles(target):
 def test_a_new_length_compiles_nothing_new():
     (variants,) = compile_for("sm_90", "--lengths")
     assert set(variants) >= READS_ROWS | TILES and max(variants.values()) <= 3, variants
+
+
+def test_a_new_length_compiles_nothing_new_in_pages():
+    (variants,) = compile_for("sm_90", "--lengths", "--paged")
+    assert set(variants) >= READS_ROWS and max(variants.values()) <= 3, variants

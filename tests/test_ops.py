@@ -162,12 +162,16 @@ def test_opcheck():
     queries, hidden = torch.randn(2, 4, 5, 16, device=DEVICE), torch.randn(2, 20, 16, device=DEVICE)
     indices = torch.arange(0, 20, 2, device=DEVICE).expand(2, 2, 10).contiguous()
     lengths = torch.tensor([20, 7], device=DEVICE)
+    pages = torch.randn(2, 12, 2, 4, 16, device=DEVICE)  # blocks of 4 tokens
+    table = torch.arange(10, dtype=torch.int32, device=DEVICE).view(2, 5)
     ops = torch.ops.kvevict
     calls = [
         (ops.keydiff_scores.default, (keys, None, True, lengths, torch.zeros(2, 2, 20, device=DEVICE))),
         (ops.topk_indices.default, (scores, None, 1, 2, False, None, False, torch.zeros_like(indices))),
         (ops.fill_holes.default, (indices, 20, False, torch.zeros_like(indices))),
         (ops.move_rows.default, (keys, values, indices, True, False)),
+        (ops.move_rows.default, (*pages, indices, True, False, table, lengths, True)),
+        (ops.keydiff_scores.default, (pages[0], None, True, lengths, torch.zeros(2, 2, 20, device=DEVICE), table)),
         (ops.key_norm_scores.default, (keys, lengths, torch.zeros(2, 2, 20, device=DEVICE))),
         (ops.attention_lse.default, (queries, keys, 0.25, True, lengths, torch.zeros(2, 4, 5, device=DEVICE))),
         (

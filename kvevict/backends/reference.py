@@ -34,8 +34,24 @@ def _inside(S: int, lengths: Tensor | None, device: torch.device) -> Tensor:
     return positions < ends[:, None, None]
 
 
-def keydiff_scores(keys: Tensor, anchor: Tensor | None, unit: bool, lengths: Tensor | None, out: Tensor) -> None:
+def _dense(rows: Tensor, table: Tensor | None) -> Tensor:
+    """[B, H, S, D]: what a paged cache [blocks, H, block_size, D] holds under a block table [B, columns]."""
+    if table is None:
+        return rows
+    pages = _as_bytes(rows)[table.long().clamp(min=0, max=rows.shape[0] - 1)]  # no block beyond a request's length
+    return pages.transpose(1, 2).flatten(2, 3).view(rows.dtype)
+
+
+def keydiff_scores(
+    keys: Tensor,
+    anchor: Tensor | None,
+    unit: bool,
+    lengths: Tensor | None,
+    out: Tensor,
+    table: Tensor | None = None,
+) -> None:
     """-cos(k_i, a) with a = mean_i k_i/‖k_i‖ (unit), mean_i k_i, or the caller's [B, H, D]; -inf beyond a row."""
+    keys = _dense(keys, table)
     inside = _inside(keys.shape[2], lengths, keys.device)
     keys = keys.float().masked_fill(~inside[..., None], 0.0)
     if anchor is None:
@@ -45,8 +61,9 @@ def keydiff_scores(keys: Tensor, anchor: Tensor | None, unit: bool, lengths: Ten
     out.copy_(scores.masked_fill(~inside, float("-inf")))
 
 
-def key_norm_scores(keys: Tensor, lengths: Tensor | None, out: Tensor) -> None:
+def key_norm_scores(keys: Tensor, lengths: Tensor | None, out: Tensor, table: Tensor | None = None) -> None:
     """-‖k_i‖; -inf beyond a row."""
+    keys = _dense(keys, table)
     inside = _inside(keys.shape[2], lengths, keys.device)
     out.copy_((-keys.float().norm(dim=-1)).masked_fill(~inside, float("-inf")))
 
@@ -87,9 +104,16 @@ def _visible_logits(
 
 
 def attention_lse(
-    queries: Tensor, keys: Tensor, scale: float, causal: bool, lengths: Tensor | None, out: Tensor
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+    causal: bool,
+    lengths: Tensor | None,
+    out: Tensor,
+    table: Tensor | None = None,
 ) -> None:
     """ln Σ_i exp(scale · q·k_i) over the keys that a query sees; -inf for queries that are padding."""
+    keys = _dense(keys, table)
     G = queries.shape[1] // keys.shape[1]
     out.fill_(float("-inf"))
     for b, h, run, logits in _visible_logits(queries, keys, scale, causal, lengths):
@@ -106,9 +130,11 @@ def attention_mass(
     count: bool,
     lengths: Tensor | None,
     out: Tensor,
+    table: Tensor | None = None,
 ) -> None:
     """The weights exp(logit - lse) that each key draws, reduced over queries and group ("square": the sum of their
     squares); count: over the queries that see the key, instead of all (mean) or as a divisor (sum, square)."""
+    keys = _dense(keys, table)
     (B, HQ, W, _), (H, S) = queries.shape, keys.shape[1:3]
     G = HQ // H
     out.zero_()
@@ -141,9 +167,11 @@ def decode_attention(
     step: int,
     threshold: float,
     out: Tensor,
+    table: Tensor | None = None,
 ) -> None:
     """softmax(scale · q·K) · V for one query per head. With w the weights' mean over the group:
     mass ← decay · mass + w, and last_used ← step where w reaches the threshold."""
+    keys, values = _dense(keys, table), _dense(values, table)
     G = queries.shape[1] // keys.shape[1]
     for b, h, _, logits in _visible_logits(queries, keys, scale, False, lengths):
         weights = logits[:, 0].softmax(-1)
@@ -242,11 +270,31 @@ def _as_bytes(rows: Tensor) -> Tensor:
     return rows.view(torch.uint8) if rows.element_size() == 1 else rows
 
 
-def move_rows(keys: Tensor, values: Tensor, slots: Tensor, ordered: bool) -> None:
-    """In place: slot j of every head gets row slots[j]; -1 leaves the slot as it is. `ordered` changes nothing here."""
+def move_rows(
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    ordered: bool,
+    table: Tensor | None = None,
+    ends: Tensor | None = None,
+) -> None:
+    """In place: slot j of every head gets row slots[j]; -1 leaves the slot as it is. `ordered` changes nothing here.
+
+    table: keys and values are paged. ends [B]: slots and rows are counted back from a request's end.
+    """
+    B, H, n = slots.shape
+    if table is None:
+        table, block_size = torch.arange(B, device=slots.device)[:, None], keys.shape[2]  # one block per request
+    else:
+        block_size = keys.shape[2]
+    source, target = slots.clamp(min=0), torch.arange(n, device=slots.device).expand(B, H, n)
+    if ends is not None:
+        source, target = (ends.long()[:, None, None] - 1 - x for x in (source, target))
+    moves = (slots >= 0) & (source != target)
+    request, head, _ = moves.nonzero(as_tuple=True)
+    old, new = ((table[request, x[moves] // block_size].long(), head, x[moves] % block_size) for x in (source, target))
     for rows in (_as_bytes(keys), _as_bytes(values)):
-        front = rows[:, :, : slots.shape[2]]
-        front.copy_(torch.where(slots[..., None] >= 0, _gather_rows(rows, slots), front))
+        rows[new] = rows[old]  # all are read before one is written
 
 
 def copy_rows(keys: Tensor, values: Tensor, slots: Tensor, out_keys: Tensor, out_values: Tensor) -> None:

@@ -1,0 +1,23 @@
+"""Paged caches, as serving engines keep them: the ops on a block table, and a small pool where there is no engine."""
+
+from kvevict.paged.ops import (
+    PagedCompacted,
+    paged_attention_mass,
+    paged_compact,
+    paged_decode_attention,
+    paged_keydiff_compact,
+    paged_scores,
+)
+from kvevict.paged.pool import PagedPool, PoolExhausted, PoolStatistics
+
+__all__ = [
+    "PagedCompacted",
+    "PagedPool",
+    "PoolExhausted",
+    "PoolStatistics",
+    "paged_attention_mass",
+    "paged_compact",
+    "paged_decode_attention",
+    "paged_keydiff_compact",
+    "paged_scores",
+]
