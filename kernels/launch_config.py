@@ -96,7 +96,8 @@ def move_config(head_dim: int, value_dim: int, element_size: int) -> MoveConfig:
     rows = (32 * 1024) // ((block_dim + block_value_dim) * element_size)
     # At least 8, whatever head_dim; at most 128, an index a thread. tl.arange wants a power of two.
     block_rows = next_power_of_2(max(8, min(rows, 128)) // 2 + 1)
-    return MoveConfig(block_rows, block_dim, block_value_dim)
+    # Where 8 rows fill it, a paged row's address (two of them) no longer fits beside: half the data a thread.
+    return MoveConfig(block_rows, block_dim, block_value_dim, num_warps=4 if rows > 8 else 8)
 
 
 def head_chunk(head_dim: int, element_size: int) -> int:
