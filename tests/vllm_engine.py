@@ -1,0 +1,160 @@
+"""One vLLM engine in a process of its own: a scenario as JSON in, what happened as JSON in the last line out.
+
+tests/test_vllm.py and bench/serve_vllm.py build on the prompts here; run by hand:
+    python tests/vllm_engine.py '{"requests": 4, "kvevict": {"policy": "keydiff", "budget": 256}}'
+"""
+
+import json
+import os
+import random
+import sys
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the block pool is in this process, to be looked at
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("KVEVICT_BACKEND", "reference")
+
+BLOCK = 128
+
+
+def facts(count, tokenizer, text, tokens=1000):
+    """`count` prompts of about so many tokens that hide a number, and the numbers."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompts, answers = [], []
+    for i in range(count):
+        rng = random.Random(i)
+        number = rng.randrange(10000, 100000)
+        hidden = tokenizer(f" The magic number of Paris is {number}. ", add_special_tokens=False)["input_ids"]
+        question = "\n\nQuestion: what is the magic number of Paris?\nAnswer: the magic number of Paris is"
+        question = tokenizer(question, add_special_tokens=False)["input_ids"]
+        start, place = rng.randrange(len(ids) - tokens), int(tokens * rng.uniform(0.2, 0.8))
+        body = ids[start : start + tokens - len(hidden) - len(question)]
+        prompts.append(body[:place] + hidden + body[place:] + question)
+        answers.append(str(number))
+    return prompts, answers
+
+
+class Watched:
+    """An engine whose block pool is checked after every step."""
+
+    def __init__(self, scenario):
+        from vllm import LLM
+
+        from kvevict import models
+
+        folder = models.fetch_smollm2()
+        options = dict(max_model_len=2048, max_num_batched_tokens=512, enable_prefix_caching=False, enforce_eager=True)
+        options |= scenario.get("engine", {})
+        extra = {} if scenario.get("kvevict") is None else dict(kvevict=scenario["kvevict"])
+        self.llm = LLM(str(folder), dtype="float32", additional_config=extra, disable_log_stats=True, **options)
+        self.engine = self.llm.llm_engine
+        self.scheduler = self.engine.engine_core.engine_core.scheduler
+        self.manager = self.scheduler.kv_cache_manager
+        self.pool = self.manager.block_pool
+        self.total = self.pool.get_num_free_blocks()
+        self.preempted, self.most_used, self.most_running = 0, 0, 0
+        preempt = self.scheduler._preempt_request
+
+        def counting(*args, **options):
+            self.preempted += 1
+            return preempt(*args, **options)
+
+        self.scheduler._preempt_request = counting
+
+    def add(self, name, prompt, new):
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
+        self.engine.add_request(name, dict(prompt_token_ids=prompt), params)
+
+    def held(self):
+        """Blocks of every request, without null blocks."""
+        (manager,) = self.manager.coordinator.single_type_managers
+        null = self.pool.null_block
+        return {name: [b.block_id for b in blocks if b is not null] for name, blocks in manager.req_to_blocks.items()}
+
+    def step(self):
+        outputs = self.engine.step()
+        held = [block for blocks in self.held().values() for block in blocks]
+        assert len(held) == len(set(held)), "a block is held twice"
+        assert len(held) + self.pool.get_num_free_blocks() == self.total, "a block is lost"
+        self.most_used = max(self.most_used, len(held))
+        self.most_running = max(self.most_running, len(self.scheduler.running))
+        return outputs
+
+    def result(self):
+        return dict(preempted=self.preempted, most_used=self.most_used, most_running=self.most_running,
+                    total=self.total, free=self.pool.get_num_free_blocks())  # fmt: skip
+
+
+def answer(scenario):
+    """Add all requests at once and run until they are finished."""
+    from kvevict import models
+
+    watched = Watched(scenario)
+    prompts, numbers = facts(scenario["requests"], watched.llm.get_tokenizer(), models.sample_text(),
+                             scenario.get("tokens", 1000))  # fmt: skip
+    for i, prompt in enumerate(prompts):
+        watched.add(str(i), prompt, scenario.get("new", 24))
+    said = {}
+    while watched.engine.has_unfinished_requests():
+        for output in watched.step():
+            if output.finished:
+                said[output.request_id] = output.outputs[0]
+    outputs = [said[str(i)] for i in range(len(prompts))]
+    hits = [number in output.text for number, output in zip(numbers, outputs, strict=True)]
+    return dict(tokens=[list(o.token_ids) for o in outputs], hits=hits, **watched.result())
+
+
+def churn(scenario):
+    """So many random steps: requests of all lengths come, are aborted, and finish."""
+    watched, rng = Watched(scenario), random.Random(0)
+    alive, added, aborted, finished = set(), 0, 0, 0
+    for _ in range(scenario["steps"]):
+        if len(alive) < 10 and rng.random() < 0.3:
+            prompt = [rng.randrange(1000, 40000) for _ in range(rng.choice([1, 30, 127, 128, 129, 300, 500, 900]))]
+            watched.add(str(added), prompt, rng.randint(1, 80))
+            alive.add(str(added))
+            added += 1
+        if alive and rng.random() < 0.05:
+            name = rng.choice(sorted(alive))
+            watched.engine.abort_request([name])
+            alive.discard(name)
+            aborted += 1
+        for output in watched.step() if watched.engine.has_unfinished_requests() else ():
+            if output.finished and output.request_id in alive:
+                alive.discard(output.request_id)
+                finished += 1
+    for name in sorted(alive):
+        watched.engine.abort_request([name])
+    while watched.engine.has_unfinished_requests():
+        watched.step()
+    return dict(added=added, aborted=aborted, finished=finished, **watched.result())
+
+
+def evicting_cache(scenario):
+    """The same prompts in transformers, read in the same chunks, with EvictingCache: which facts are answered."""
+    import torch
+
+    from kvevict import models
+    from kvevict.hf import EvictingCache
+    from kvevict.vllm.settings import Settings
+
+    settings = Settings(**scenario["kvevict"])
+    model, tokenizer = models.load()
+    model.set_attn_implementation("kvevict")
+    prompts, numbers = facts(scenario["requests"], tokenizer, models.sample_text(), scenario.get("tokens", 1000))
+    hits = []
+    for prompt, number in zip(prompts, numbers, strict=True):
+        cache = EvictingCache(model.config, settings.build(), budget=settings.budget, interval=settings.interval)
+        ids = torch.tensor([prompt])
+        chunk = scenario["engine"]["max_num_batched_tokens"]
+        options = dict(do_sample=False, max_new_tokens=24, prefill_chunk_size=chunk)
+        said = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+        hits.append(number in tokenizer.decode(said[0, len(prompt) :].tolist()))
+    return dict(hits=hits)
+
+
+if __name__ == "__main__":
+    scenario = json.loads(sys.argv[1])
+    kinds = dict(answer=answer, churn=churn, evicting_cache=evicting_cache)
+    print(json.dumps(kinds[scenario.get("kind", "answer")](scenario)))
