@@ -63,7 +63,7 @@ POLICIES = {
     "attention + keydiff": Hybrid(parts=((0.5, AttentionMass()), (0.5, KeyDiff()))),
     "tova + keydiff": RECOMMENDED,
     "value norm": ValueNorm(),
-    "tova · |v| + keydiff": Hybrid(parts=((0.5, ValuedTOVA()), (0.5, KeyDiff())), heads="shared"),
+    "tova · ‖v‖ + keydiff": Hybrid(parts=((0.5, ValuedTOVA()), (0.5, KeyDiff())), heads="shared"),
 }
 PYRAMID = "tova + keydiff, pyramid"  # RECOMMENDED, with a budget that falls from layer to layer
 TASKS = ("fact", "facts", "lookup", "continuation")

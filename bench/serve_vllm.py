@@ -37,8 +37,9 @@ class Server:
         self.port, self.log = free_port(), log
         self.command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
-            "--served-model-name", "m", "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-batched-tokens", "1024",
-            "--no-enable-prefix-caching", "--num-gpu-blocks-override", str(blocks), "--port", str(self.port),
+            "--served-model-name", "m", "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048",
+            "--max-num-batched-tokens", "1024", "--no-enable-prefix-caching",
+            "--num-gpu-blocks-override", str(blocks), "--port", str(self.port),
             "--additional-config", json.dumps({} if settings is None else {"kvevict": settings}),
         ]  # fmt: skip
 
