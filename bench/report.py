@@ -4,9 +4,9 @@ import json
 
 SCHEMA = 2
 COUNTED = "counted, not timed"
-# Okabe and Ito's colours: apart for colour-blind eyes.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442", "#999999")
-MARKERS = "osv^D<>PX"
+# Okabe and Ito's colours, apart for colour-blind eyes, and two more; markers differ as well.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442", "#999999", "#7f3c8d")
+MARKERS = "osv^D<>PX*"
 STAGES = {
     "anchor": ("partial_anchor_kernel",),
     "score": ("keydiff_scores_kernel", "keydiff_row_kernel"),
@@ -80,7 +80,7 @@ def roofline(axis, result):
     for i, (name, found) in enumerate(by_case(dict(rows=rows)).items()):
         points = [(row["operations"] / row["floor_bytes"], row["operations"] / seconds(row) / 1e12) for row in found]
         best, worst = max(row["share"] for row in found), min(row["share"] for row in found)
-        axis.plot(*zip(*points, strict=True), MARKERS[i % 9], color=COLORS[i % 9], markersize=5, alpha=0.8,
+        axis.plot(*zip(*points, strict=True), MARKERS[i % 10], color=COLORS[i % 10], markersize=5, alpha=0.8,
                   label=f"{name}: {worst:.0%} to {best:.0%} {unit}")  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="operations per byte of the floor", ylabel="10¹² operations per second")
     axis.set_title("how far from the roof" if timed(result) else "where the counted bytes allow each op to be")
@@ -111,8 +111,8 @@ def speedup(axis, result):
 
 def time(axis, result):
     for i, (name, rows) in enumerate(by_case(result, sweep=True).items()):
-        axis.plot([row["point"]["S"] for row in rows], [seconds(row) * 1e6 for row in rows], marker=MARKERS[i % 9],
-                  color=COLORS[i % 9], markersize=4, label=name)  # fmt: skip
+        axis.plot([row["point"]["S"] for row in rows], [seconds(row) * 1e6 for row in rows], marker=MARKERS[i % 10],
+                  color=COLORS[i % 10], markersize=4, label=name)  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="S, cached tokens", ylabel="microseconds")
     axis.set_title("time" if timed(result) else "time that the counted bytes take at the stated bandwidth")
     axis.legend(fontsize=7)

@@ -23,7 +23,7 @@ from kvevict.policies import NAMED, KeyDiff, SnapKV
 H, D = 2, 16
 LENGTHS = [70, 33, 1, 96]
 LAYOUTS = ("NHD", "HND", "flash")
-BLOCKS = (1, 16, 48)
+BLOCKS = (1, 16, 256)
 
 
 class Paged:

@@ -8,12 +8,14 @@ from bench.cases import (
     keydiff_compact,
     keydiff_scores,
     mlp_scores,
+    paged_keydiff_compact,
     topk_indices,
 )
 
 ALL = [
     keydiff_compact.CASE,
     keydiff_compact.FEWEST_MOVES,
+    paged_keydiff_compact.CASE,
     keydiff_scores.CASE,
     key_norm_scores.CASE,
     attention_mass.CASE,
