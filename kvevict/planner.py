@@ -86,6 +86,14 @@ def presets() -> dict[str, dict[str, Any]]:
     return json.loads(importlib.resources.files("kvevict").joinpath("data/presets.json").read_text())
 
 
+def preset_name(model: str) -> str:
+    """The preset that a model's usual names lead to: "meta-llama/Llama-3.1-8B-Instruct" is shaped as "llama-3-8b"."""
+    name = model.rpartition("/")[2].lower()
+    name = re.sub(r"^(?:meta-)?llama-?([23])", r"llama-\1", name)
+    name = re.sub(r"^llama-3\.[13]-(8b|70b)", r"llama-3-\1", name)
+    return re.sub(r"(?:-hf|-chat|-instruct|-it|-pt|-base|-v0\.3)+$", "", name)
+
+
 def quantity(name: str, value: int | str) -> int:
     """128K is 131,072 (tokens); 80GiB and 80GB are bytes, of 2^30 and 10^9.
 
@@ -113,9 +121,6 @@ def model_config(model: Any) -> tuple[str, dict[str, Any]]:
 
     if hasattr(model, "to_dict"):
         return model.model_type, model.get_text_config(decoder=True).to_dict()
-    known = presets()
-    if str(model).lower() in known:
-        return str(model).lower(), known[str(model).lower()]
     path = pathlib.Path(model)
     path = path / "config.json" if path.is_dir() else path
     if path.suffix == ".json":
@@ -124,6 +129,10 @@ def model_config(model: Any) -> tuple[str, dict[str, Any]]:
         except (OSError, ValueError) as error:
             raise Unavailable(f"cannot read the configuration {path}: {error}") from error
         return str(model), config.get("text_config", config)
+    known = presets()
+    name = preset_name(str(model))
+    if name in known:
+        return name, known[name]
     try:
         from transformers import AutoConfig
 

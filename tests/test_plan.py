@@ -24,6 +24,19 @@ def test_llama_2_7b_at_128k_holds_2_gib_a_layer():
     assert kvevict.plan("llama-2-7b", context=131072, batch=4, keep=0.25).cache_after == 64 * GIB
 
 
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [("meta-llama/Llama-2-7b-chat-hf", "llama-2-7b"), ("meta-llama/Meta-Llama-3-8B", "llama-3-8b"),
+     ("meta-llama/Llama-3.1-70B-Instruct", "llama-3-70b"), ("llama2-13b", "llama-2-13b"), ("Qwen/Qwen3-8B", "qwen3-8b"),
+     ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b"), ("mistralai/Mistral-7B-v0.1", "mistral-7b-v0.1"),
+     ("google/gemma-3-27b-it", "gemma-3-27b"), ("deepseek-ai/DeepSeek-V3", "deepseek-v3"),
+     ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m")],
+)  # fmt: skip
+def test_presets_go_by_their_usual_names(name, preset):
+    assert kvevict.plan(name, context=1024) == kvevict.plan(preset, context=1024)
+    assert kvevict.plan(preset).model == preset
+
+
 def test_layers_of_every_kind():
     eight = kvevict.plan("llama-3-8b", context="8K")
     assert eight.cache_before == 8192 * 32 * 2 * 8 * 128 * 2 == GIB
