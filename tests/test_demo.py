@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
 import kvevict
+import kvevict.hf  # its attention
 from kvevict import demo, models
 from kvevict.policies import NAMED
 
