@@ -19,12 +19,10 @@ from kvevict.vllm.settings import Settings
 class Eviction(NamedTuple):
     """The requests of a step whose tokens move when its attention is done."""
 
-    requests: Tensor  # [J] int64: their rows in the batch
     block_tables: Tensor  # [J, columns] int32, from the first block in use
     lengths: Tensor  # [J] int32: tokens held, those of this step among them
     keep: Tensor  # [J] int32
-    last_queries: Tensor  # [J] int64: index of each request's last query
-    longest: int
+    on_host: list[tuple[int, int, int]]  # of each request: tokens held, tokens to keep, index of its last query
 
 
 # vLLM asks a backend class for its layers' specs without saying for which engine: it is the one whose layers were made
@@ -78,24 +76,22 @@ class EvictingBuilder:
         lengths = common.seq_lens_cpu_upper_bound
         lengths = (common.seq_lens if lengths is None else lengths)[: len(held)].tolist()
         starts = common.query_start_loc_cpu.tolist()
-        rows, lasts, longest = [], [], 0
+        rows, on_host = [], []
         for i, length in enumerate(lengths):
             new = starts[i + 1] - starts[i]
             if not new:
                 continue
-            before = spec.skip(length - new)
-            if spec.skip(length) > before:
+            before, now = spec.skip(length - new), spec.skip(length)
+            if now > before:
                 rows.append(i)
-                lasts.append(starts[i + 1] - 1)
-                longest = max(longest, length - before)
+                on_host.append((length - before, length - now, starts[i + 1] - 1))
         if not rows:
             return None
         requests = torch.tensor(rows, device=table.device)
-        columns = -(-longest // spec.block_size)
+        columns = -(-max(length for length, _, _ in on_host) // spec.block_size)
         held, after = held[requests], common.seq_lens[requests]
         keep = after - spec.skip(after)
-        last_queries = torch.tensor(lasts, device=table.device)
-        return Eviction(requests, table[requests, :columns].contiguous(), held, keep.int(), last_queries, longest)
+        return Eviction(table[requests, :columns].contiguous(), held, keep.int(), on_host)
 
 
 class EvictingImpl:
@@ -134,11 +130,12 @@ def evict(policy: Policy, eviction: Eviction, query: Tensor, keys: Tensor, value
         paged_keydiff_compact(keys, values, table, lengths, keep=keep, sink=sink, recent=recent, heads=policy.heads,
                               anchor=policy.anchor, to="tail")  # fmt: skip
         return
-    size, slots = keys.shape[1], torch.arange(eviction.longest, device=keys.device)
-    for j, (length, kept) in enumerate(zip(lengths.tolist(), keep.tolist(), strict=True)):
-        blocks, offsets = table[j, slots[:length] // size].long(), slots[:length] % size
+    size = keys.shape[1]
+    for j, (length, kept, last_query) in enumerate(eviction.on_host):
+        slots = torch.arange(length, device=keys.device)
+        blocks, offsets = table[j, slots // size].long(), slots % size
         dense = keys[blocks, offsets].transpose(0, 1)[None], values[blocks, offsets].transpose(0, 1)[None]
-        last = query.view(query.shape[0], -1, keys.shape[3])[eviction.last_queries[j]]
+        last = query.view(query.shape[0], -1, keys.shape[3])[last_query]
         seen = Observed(keys=dense[0], values=dense[1], queries=last[None, :, None])
         indices = policy.select(seen, kept)
         if rows:
