@@ -84,7 +84,7 @@ def roofline(axis, result):
                   label=f"{name}: {worst:.0%} to {best:.0%} {unit}")  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="operations per byte of the floor", ylabel="10¹² operations per second")
     axis.set_title("how far from the roof" if timed(result) else "where the counted bytes allow each op to be")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="lower right")  # where no op is
 
 
 def speedup(axis, result):
