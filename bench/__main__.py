@@ -24,13 +24,13 @@ if not HAS_GPU:
 import triton
 
 import kvevict
-from bench import cases, compare, measure, report
+from bench import RESULTS, cases, compare, device_name, measure, report
 
 
 def run(chosen, quick, progress=lambda iterable: iterable):
     """The results of these cases, as they are written to JSON."""
     roofs = measure.ceilings() if HAS_GPU else measure.STATED
-    device = torch.cuda.get_device_name().replace(" ", "-") if HAS_GPU else "cpu"
+    device = device_name("cuda" if HAS_GPU else "cpu")
     work = [(case, point) for case in chosen for point in case.points(HAS_GPU, quick)]
     rows = []
     agreeing = {}
@@ -74,7 +74,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     chosen = [case for case in cases.ALL if case.name in options.only]
     result = run(chosen, options.quick, lambda work: track(work, description="measuring"))
-    out = options.out or pathlib.Path(__file__).parent / "results" / result["device"]
+    out = options.out or RESULTS / result["device"]
     report.write(result, out)
     print(f"wrote {out}/bench.json, bench.md, roofline.png, speedup.png, time.png, stages.png")
     wrong = measure.gate(result["rows"], chosen)

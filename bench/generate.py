@@ -18,6 +18,7 @@ import time
 import torch
 
 import kvevict
+from bench import RESULTS, device_name
 from bench.measure import STATED, ceilings
 from kvevict.hf import EvictingCache
 from kvevict.policies import KeyDiff
@@ -98,7 +99,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, help="folder; default: bench/results/<device>")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name().replace(" ", "-") if device == "cuda" else "cpu"
+    name = device_name(device)
     lengths = [2**k for k in range(13, 18)] if device == "cuda" else [512, 1024]
     bandwidth = (ceilings() if device == "cuda" else STATED)["bandwidth"]
     torch.manual_seed(0)
@@ -112,7 +113,7 @@ def main():
                 torch.cuda.empty_cache()
                 rows.append(dict(tokens=tokens, batch=batch, missing="out of memory with the whole cache"))
             print(rows[-1], flush=True)
-    out = options.out or pathlib.Path(__file__).parent / "results" / name
+    out = options.out or RESULTS / name
     out.mkdir(parents=True, exist_ok=True)
     caption = f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     (out / "generate.json").write_text(json.dumps(dict(schema=1, caption=caption, rows=rows), indent=1) + "\n")

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 
 import kvevict
+from bench import RESULTS, device_name
 from kvevict.backends import reference
 
 HAS_GPU = torch.cuda.is_available()
@@ -87,8 +88,8 @@ def main():
             row["ratio"] = row["whole"] / row["bare"]
         rows.append(row)
         print("  ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True)
-    name = torch.cuda.get_device_name().replace(" ", "-") if HAS_GPU else "cpu"
-    out = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else pathlib.Path(__file__).parent / "results" / name
+    name = device_name(device)
+    out = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / name
     out.mkdir(parents=True, exist_ok=True)
     caption = f"{name}, torch {torch.__version__}, S=512, {time.strftime('%Y-%m-%d')}"
     (out / "overhead.json").write_text(json.dumps(dict(caption=caption, rows=rows), indent=1) + "\n")

@@ -22,6 +22,7 @@ import torch
 
 import kvevict
 import kvevict.hf  # its attention
+from bench import RESULTS, device_name
 from kvevict import models, ops
 from kvevict.policies import (
     NAMED,
@@ -315,8 +316,8 @@ def main():
         options.samples, options.tasks = 2, ["fact", "continuation"]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    device = torch.cuda.get_device_name().replace(" ", "-") if options.device.startswith("cuda") else options.device
-    out = options.out or pathlib.Path(__file__).parent / "results" / device
+    device = device_name(options.device)
+    out = options.out or RESULTS / device
     out.mkdir(parents=True, exist_ok=True)
     name = f"quality-{options.tokens}"
     path = out / f"{name}.jsonl"

@@ -20,6 +20,7 @@ from kvpress import KeyDiffPress, KnormPress, SnapKVPress, StreamingLLMPress, TO
 from kvpress.presses.base_press import BasePress
 from transformers import DynamicCache
 
+from bench import RESULTS
 from bench.quality import KEEPS, TASKS, ask, build
 from kvevict import models, ops
 from kvevict.policies import TOVA, KeyDiff, KeyNorm, Observed, Recency, SnapKV
@@ -120,7 +121,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--tasks", nargs="+", default=[t for t in TASKS if t != "continuation"], choices=TASKS)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results" / "cpu")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "cpu")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     name = f"quality-peers-{options.tokens}"

@@ -37,13 +37,15 @@ def _run(name: str, device: torch.device, *args) -> None:
         return function(*args)
 
 
-def _tokens(keys, table) -> int:
-    """S: how many tokens a request can have."""
-    return keys.shape[2] if table is None else table.shape[1] * keys.shape[2]
+def cache_rows(keys: torch.Tensor, table: torch.Tensor | None) -> tuple[int, int, int]:
+    """B, H and S, the most tokens of a request, of dense keys [B, H, S, D], or of paged ones [blocks, H, block_size, D]
+    under a block table [B, columns]."""
+    B, H, S = keys.shape[:3]
+    return (B, H, S) if table is None else (table.shape[0], H, table.shape[1] * S)
 
 
 def _check_lengths(lengths, keys, table) -> None:
-    validate.lengths_within(lengths, _tokens(keys, table))
+    validate.lengths_within(lengths, cache_rows(keys, table)[2])
     if table is not None:
         validate.blocks_valid(table, lengths, keys, written=False)
 
@@ -82,8 +84,9 @@ def _move_rows_op(keys, values, slots, ordered, trusted, table=None, lengths=Non
     validate.no_internal_overlap("values", values)
     validate.no_mutual_overlap(keys, values)
     if not trusted:
-        validate.indices_ascend(slots, _tokens(keys, table))
-        validate.lengths_within(lengths, _tokens(keys, table))
+        S = cache_rows(keys, table)[2]
+        validate.indices_ascend(slots, S)
+        validate.lengths_within(lengths, S)
     if table is not None:
         validate.blocks_valid(table, lengths, keys, written=True)
     _run("move_rows", keys.device, keys, values, slots, ordered, table, lengths if from_end else None)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvevict import custom_ops, validate  # noqa: F401  (custom_ops registers torch.ops.kvevict)
+from kvevict import custom_ops, validate
 
 
 class Compacted(NamedTuple):
@@ -184,12 +184,7 @@ def decode_attention(
     decay, threshold = validate.number("decay", decay), validate.number("threshold", threshold)
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay is {decay}: expected a number from 0 to 1")
-    dtype = torch.bfloat16 if queries.dtype.itemsize == 1 else queries.dtype
-    out = torch.empty((*queries.shape[:3], values.shape[3]), dtype=dtype, device=keys.device)
-    torch.ops.kvevict.decode_attention(
-        queries, keys, values, scale, lengths, mass, decay, last_used, step, threshold, out
-    )
-    return out
+    return _decode(queries, keys, values, scale, lengths, mass, decay, last_used, step, threshold)
 
 
 def mlp_scores(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -501,29 +496,43 @@ def _check_selection(
     return n, lengths, validate.kept_lengths(keep, lengths)
 
 
-# From here on inputs are valid, but for tensor values: `trusted` says that an earlier op has checked those.
+# From here on inputs are valid, but for tensor values: `trusted` says that an earlier op has checked those. With a
+# block table, keys and values are paged: [blocks, H, block_size, D].
 
 
-def _scores(keys: Tensor, anchor: str | Tensor, lengths: Tensor | None) -> Tensor:
+def _scores(keys: Tensor, anchor: str | Tensor, lengths: Tensor | None, table: Tensor | None = None) -> Tensor:
     given = anchor if isinstance(anchor, Tensor) else None
-    out = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
-    torch.ops.kvevict.keydiff_scores(keys, given, given is None and anchor == "unit", lengths, out)
+    out = torch.empty(custom_ops.cache_rows(keys, table), dtype=torch.float32, device=keys.device)
+    torch.ops.kvevict.keydiff_scores(keys, given, given is None and anchor == "unit", lengths, out, table)
     return out
 
 
-def _lse(queries: Tensor, keys: Tensor, scale: float, causal: bool, lengths: Tensor | None) -> Tensor:
+def _lse(queries: Tensor, keys: Tensor, scale: float, causal: bool, lengths: Tensor | None, table=None) -> Tensor:
     out = torch.empty(queries.shape[:3], dtype=torch.float32, device=keys.device)
-    torch.ops.kvevict.attention_lse(queries, keys, scale, causal, lengths, out)
+    torch.ops.kvevict.attention_lse(queries, keys, scale, causal, lengths, out, table)
     return out
 
 
-def _mass(queries, keys, scale: float, lse, causal: bool, reduce: str, normalize: str | None, lengths) -> Tensor:
+def _mass(
+    queries, keys, scale: float, lse, causal: bool, reduce: str, normalize: str | None, lengths, table=None
+) -> Tensor:
     trusted = lse is None
     if lse is None:
-        lse = _lse(queries, keys, scale, causal, lengths)
-    out = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
+        lse = _lse(queries, keys, scale, causal, lengths, table)
+    out = torch.empty(custom_ops.cache_rows(keys, table), dtype=torch.float32, device=keys.device)
     count = normalize == "count"
-    torch.ops.kvevict.attention_mass(queries, keys, lse, scale, causal, reduce, count, lengths, trusted, out)
+    torch.ops.kvevict.attention_mass(queries, keys, lse, scale, causal, reduce, count, lengths, trusted, out, table)
+    return out
+
+
+def _decode(
+    queries, keys, values, scale: float, lengths, mass, decay: float, last_used, step: int, threshold: float, table=None
+) -> Tensor:
+    dtype = torch.bfloat16 if queries.dtype.itemsize == 1 else queries.dtype
+    out = torch.empty((*queries.shape[:3], values.shape[3]), dtype=dtype, device=keys.device)
+    torch.ops.kvevict.decode_attention(
+        queries, keys, values, scale, lengths, mass, decay, last_used, step, threshold, out, table
+    )
     return out
 
 

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class KeydiffScores:
-    """K read twice, for the anchor and for the scores."""
-
+class _Keys:
     heads: int
     S: int
     D: int
     element_size: int
+
+
+@dataclass(frozen=True)
+class KeydiffScores(_Keys):
+    """K read twice, for the anchor and for the scores."""
 
     @property
     def bytes(self) -> float:
@@ -29,13 +32,8 @@ class KeydiffScores:
 
 
 @dataclass(frozen=True)
-class KeyNorms:
+class KeyNorms(_Keys):
     """K read once."""
-
-    heads: int
-    S: int
-    D: int
-    element_size: int
 
     @property
     def bytes(self) -> float:
@@ -85,23 +83,15 @@ class Compaction:
 
 
 @dataclass(frozen=True)
-class KeydiffCompact:
+class KeydiffCompact(KeydiffScores):
     """`keydiff_compact` in two passes over K; scores and indices in between need not leave L2."""
 
-    heads: int
-    S: int
-    D: int
-    element_size: int
     moved: float
 
     @property
     def bytes(self) -> float:
         """K read twice; the moved rows of K and V read and written."""
         return self.heads * (2 * self.S + 4 * self.moved) * self.D * self.element_size
-
-    @property
-    def operations(self) -> float:
-        return KeydiffScores(self.heads, self.S, self.D, self.element_size).operations
 
 
 @dataclass(frozen=True)

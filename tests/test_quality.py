@@ -23,6 +23,13 @@ class Characters:
         return "".join(map(chr, ids))
 
 
+def tiny():
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
 TEXT = Characters()("in the beginning " * 300)["input_ids"]
 
 
@@ -47,10 +54,7 @@ def test_samples_hide_what_they_ask_for(task):
 @torch.no_grad()
 def test_losses_are_those_of_plain_forwards():
     """The whole cache's loss is that of one forward without a cache; an evicted one's that of a cache evicted here."""
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = tiny()
     model.set_attn_implementation("kvevict")
     context, question, answer = quality.build("fact", 0, Characters(), TEXT, 200)
     with kvevict.backend("reference"):
@@ -73,10 +77,7 @@ def test_losses_are_those_of_plain_forwards():
 
 @torch.no_grad()
 def test_what_policies_observe_is_what_eager_attention_shows():
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = tiny()
     with kvevict.backend("reference"):
         observed = quality.observe(*quality.read(model, TEXT[:400]))
     model.set_attn_implementation("eager")

@@ -283,10 +283,9 @@ def move_rows(
     table: keys and values are paged. ends [B]: slots and rows are counted back from a request's end.
     """
     B, H, n = slots.shape
+    block_size = keys.shape[2]
     if table is None:
-        table, block_size = torch.arange(B, device=slots.device)[:, None], keys.shape[2]  # one block per request
-    else:
-        block_size = keys.shape[2]
+        table = torch.arange(B, device=slots.device)[:, None]  # one block per request
     source, target = slots.clamp(min=0), torch.arange(n, device=slots.device).expand(B, H, n)
     if ends is not None:
         source, target = (ends.long()[:, None, None] - 1 - x for x in (source, target))

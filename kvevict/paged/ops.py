@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvevict import ops, validate
+from kvevict.custom_ops import cache_rows
 
 
 class PagedCompacted(NamedTuple):
@@ -39,21 +40,25 @@ def _table(block_tables: Tensor, lengths: Tensor, cache: Tensor) -> tuple[Tensor
     return block_tables, validate.lengths(lengths, block_tables)
 
 
-def _kept(keep: int | float | Tensor, lengths: Tensor, S: int) -> tuple[int, Tensor]:
+def _checked(
+    key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, lengths: Tensor, dtypes
+) -> tuple[Tensor, ...]:
+    """keys and values [num_blocks, kv_heads, block_size, ...], block tables and lengths."""
+    keys = _heads_first("key_cache", key_cache, dtypes)
+    values = _heads_first("value_cache", value_cache, dtypes, keys)
+    return keys, values, *_table(block_tables, lengths, keys)
+
+
+def _kept(keep: int | float | Tensor, lengths: Tensor, S: int, sink: int, recent: int) -> tuple[int, Tensor]:
     """n, the most that any request can keep, and [B] int64, what each one keeps."""
     if isinstance(keep, Tensor):
         keep = validate.tensor("keep", keep, 1, (torch.int32, torch.int64), lengths)
         if keep.shape != lengths.shape:
             raise ValueError(f"keep has shape {tuple(keep.shape)}: expected {tuple(lengths.shape)}, one per request")
-        return S, torch.minimum(keep.long(), lengths.long()).clamp(min=1)
+        return validate.kept_tokens(S, S, sink, recent), torch.minimum(keep.long(), lengths.long()).clamp(min=1)
     if isinstance(keep, int) and not isinstance(keep, bool):
         keep = min(keep, S)  # every request may be shorter than what it could keep
-    return validate.kept_tokens(keep, S, 0, 0), validate.kept_lengths(keep, lengths)
-
-
-def _rows(table: Tensor, cache: Tensor) -> tuple[int, int, int]:
-    """B, H, S."""
-    return table.shape[0], cache.shape[1], table.shape[1] * cache.shape[2]
+    return validate.kept_tokens(keep, S, sink, recent), validate.kept_lengths(keep, lengths)
 
 
 def paged_scores(key_cache: Tensor, block_tables: Tensor, lengths: Tensor, *, anchor: str | Tensor = "unit") -> Tensor:
@@ -71,23 +76,8 @@ def paged_scores(key_cache: Tensor, block_tables: Tensor, lengths: Tensor, *, an
     """
     keys = _heads_first("key_cache", key_cache, validate.FLOAT_DTYPES)
     table, lengths = _table(block_tables, lengths, keys)
-    return _scores(keys, table, lengths, anchor)
-
-
-def _scores(keys: Tensor, table: Tensor, lengths: Tensor, anchor: str | Tensor) -> Tensor:
-    B, H, S = _rows(table, keys)
-    given = anchor if isinstance(anchor, Tensor) else None
-    if given is None:
-        validate.one_of("anchor", anchor, ("unit", "raw"))
-    else:
-        validate.tensor("anchor", given, 3, validate.FLOAT_DTYPES, keys)
-        if given.shape != (B, H, keys.shape[3]):
-            raise ValueError(
-                f"anchor has shape {tuple(given.shape)}: expected {(B, H, keys.shape[3])}, one per KV head"
-            )
-    out = torch.empty((B, H, S), dtype=torch.float32, device=keys.device)
-    torch.ops.kvevict.keydiff_scores(keys, given, given is None and anchor == "unit", lengths, out, table)
-    return out
+    ops._check_anchor(anchor, _like(keys, table))
+    return ops._scores(keys, anchor, lengths, table)
 
 
 def paged_attention_mass(
@@ -117,23 +107,16 @@ def paged_attention_mass(
     """
     keys = _heads_first("key_cache", key_cache, validate.FLOAT_DTYPES)
     table, lengths = _table(block_tables, lengths, keys)
-    B, H, S = _rows(table, keys)
     queries = validate.queries(queries, _like(keys, table))
     ops._check_mass(queries, lse, reduce, normalize)
     scale = validate.softmax_scale(scale, keys.shape[3])
-    trusted = lse is None
-    if lse is None:
-        lse = torch.empty(queries.shape[:3], dtype=torch.float32, device=keys.device)
-        torch.ops.kvevict.attention_lse(queries, keys, scale, causal, lengths, lse, table)
-    out = torch.empty((B, H, S), dtype=torch.float32, device=keys.device)
-    count = normalize == "count"
-    torch.ops.kvevict.attention_mass(queries, keys, lse, scale, causal, reduce, count, lengths, trusted, out, table)
-    return out
+    return ops._mass(queries, keys, scale, lse, causal, reduce, normalize, lengths, table)
 
 
 def _like(cache: Tensor, table: Tensor) -> Tensor:
     """A tensor without memory, of the shape [B, H, S, D] that the cache would have if it were dense."""
-    return cache[:1, :, :1].expand(table.shape[0], -1, table.shape[1] * cache.shape[2], -1)
+    B, _, S = cache_rows(cache, table)
+    return cache[:1, :, :1].expand(B, -1, S, -1)
 
 
 def paged_decode_attention(
@@ -158,15 +141,10 @@ def paged_decode_attention(
     Raises:
         TypeError, ValueError: as there.
     """
-    keys = _heads_first("key_cache", key_cache, validate.FLOAT_DTYPES)
-    values = _heads_first("value_cache", value_cache, validate.FLOAT_DTYPES, keys)
-    table, lengths = _table(block_tables, lengths, keys)
+    keys, values, table, lengths = _checked(key_cache, value_cache, block_tables, lengths, validate.FLOAT_DTYPES)
     queries = validate.queries(queries, _like(keys, table), W=1)
-    dtype = torch.bfloat16 if queries.element_size() == 1 else queries.dtype
-    out = torch.empty((*queries.shape[:3], values.shape[3]), dtype=dtype, device=keys.device)
     scale = validate.softmax_scale(scale, keys.shape[3])
-    torch.ops.kvevict.decode_attention(queries, keys, values, scale, lengths, None, 1.0, None, 0, 0.0, out, table)
-    return out
+    return ops._decode(queries, keys, values, scale, lengths, None, 1.0, None, 0, 0.0, table)
 
 
 def paged_compact(
@@ -198,13 +176,11 @@ def paged_compact(
     Raises:
         TypeError, ValueError: see kvevict.ops; values of the tensors on a GPU are asserted on the device.
     """
-    keys = _heads_first("key_cache", key_cache, validate.ROW_DTYPES)
-    values = _heads_first("value_cache", value_cache, validate.ROW_DTYPES, keys)
-    table, lengths = _table(block_tables, lengths, keys)
+    keys, values, table, lengths = _checked(key_cache, value_cache, block_tables, lengths, validate.ROW_DTYPES)
     validate.one_of("to", to, ("front", "tail"))
     scales = _check_scales(key_scales, value_scales, keys)
     indices = validate.tensor("indices", indices, 3, (torch.int64,), keys)
-    B, H, S = _rows(table, keys)
+    B, H, S = cache_rows(keys, table)
     if indices.shape[:2] != (B, H) or indices.shape[2] > S:
         raise ValueError(f"indices has shape {tuple(indices.shape)}: expected ({B}, {H}, n) with n from 1 to {S}")
     kept = (indices[:, 0] >= 0).sum(-1)
@@ -230,7 +206,7 @@ def _check_scales(key_scales: Tensor | None, value_scales: Tensor | None, keys: 
 
 def _compact(keys, values, table, lengths, indices, kept, to, preserve_order, scales, trusted) -> PagedCompacted:
     """From here on inputs are valid, but for tensor values."""
-    S, n = table.shape[1] * keys.shape[2], indices.shape[2]
+    S, n = cache_rows(keys, table)[2], indices.shape[2]
     from_end = to == "tail"
     slots = indices
     if from_end:  # counted from the request's end, the last tokens come first: the same move, mirrored
@@ -287,20 +263,14 @@ def paged_keydiff_compact(
     Raises:
         TypeError, ValueError: as there.
     """
-    keys = _heads_first("key_cache", key_cache, validate.FLOAT_DTYPES)
-    values = _heads_first("value_cache", value_cache, validate.FLOAT_DTYPES, keys)
-    table, lengths = _table(block_tables, lengths, keys)
+    keys, values, table, lengths = _checked(key_cache, value_cache, block_tables, lengths, validate.FLOAT_DTYPES)
     validate.one_of("to", to, ("front", "tail"))
     validate.one_of("heads", heads, ("each", "shared"))
-    validate.integer("sink", sink, 0)
-    validate.integer("recent", recent, 0)
+    ops._check_anchor(anchor, _like(keys, table))
     scales = _check_scales(key_scales, value_scales, keys)
     if scales is not None and isinstance(anchor, str) and anchor == "raw":
         raise ValueError("anchor is 'raw': expected 'unit' where there are key_scales")
-    S = table.shape[1] * keys.shape[2]
-    n, kept = _kept(keep, lengths, S)
-    if sink + recent > n:
-        raise ValueError(f"sink + recent is {sink} + {recent}: expected at most the {n} tokens that are kept")
-    scores = _scores(keys, table, lengths, anchor)
+    n, kept = _kept(keep, lengths, cache_rows(keys, table)[2], sink, recent)
+    scores = ops._scores(keys, anchor, lengths, table)
     indices = ops._topk(scores, n, kept, sink, recent, heads, lengths, trusted=True)
     return _compact(keys, values, table, lengths, indices, kept, to, preserve_order, scales, trusted=True)

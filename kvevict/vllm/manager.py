@@ -50,9 +50,14 @@ class EvictingSpec(FullAttentionSpec):
     def prefix_cacheable(self) -> bool:
         return False  # a compacted block holds other tokens than its hash says
 
+    @property
+    def most_at_rest(self) -> int:
+        """The most tokens that a request holds between steps."""
+        return self.budget + max(self.interval, self.granule)
+
     def most_blocks(self, max_model_len: int) -> int:
         """The most blocks that a request can hold: budget, interval and what is in flight, and two partial blocks."""
-        tokens = self.budget + max(self.interval, self.granule) + self.most_in_flight
+        tokens = self.most_at_rest + self.most_in_flight
         return min(cdiv(tokens, self.block_size) + 1, cdiv(max_model_len, self.block_size))
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:

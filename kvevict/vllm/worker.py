@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ class EvictingBuilder:
         first = (hidden // size)[:, None]
         table = common.block_table_tensor.gather(1, (columns + first).clamp(max=len(columns) - 1))
         held = common.seq_lens - hidden
-        most = spec.budget + max(spec.interval, spec.granule) + common.max_query_len
+        most = spec.most_at_rest + common.max_query_len
         seen = dataclasses.replace(
             common, seq_lens=held, block_table_tensor=table, max_seq_len=min(common.max_seq_len, most)
         )
@@ -94,7 +95,7 @@ class EvictingBuilder:
         return Eviction(table[requests, :columns].contiguous(), held, keep.int(), on_host)
 
 
-class EvictingImpl:
+class EvictingImpl(abc.ABC):
     """Mixed into an attention implementation. `forward` evicts when the step's attention is computed."""
 
     def __init__(self, *args, **kwargs) -> None:
@@ -112,9 +113,9 @@ class EvictingImpl:
             evict(self._policy, eviction, query, *self.cache_views(kv_cache, layer))
         return result
 
+    @abc.abstractmethod
     def cache_views(self, kv_cache: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
         """K and V as views [num_blocks, block_size, kv_heads, head_dim] of the engine's memory."""
-        raise NotImplementedError
 
 
 @torch.no_grad()
