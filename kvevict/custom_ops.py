@@ -26,8 +26,12 @@ def _custom_op(schema: str):
 
 
 def _run(name: str, device: torch.device, *args) -> None:
-    """Call the backend's function with `device` current: Triton launches on the current device."""
+    """Call the backend's function with `device` current, on which Triton launches, and without autocast, under which
+    torch would round the reference's products."""
     function = getattr(pick(device), name)
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            return function(*args)
     if device.type == "cpu":
         return function(*args)
     module = torch.get_device_module(device)
@@ -39,15 +43,36 @@ def _run(name: str, device: torch.device, *args) -> None:
 
 def cache_rows(keys: torch.Tensor, table: torch.Tensor | None) -> tuple[int, int, int]:
     """B, H and S, the most tokens of a request, of dense keys [B, H, S, D], or of paged ones [blocks, H, block_size, D]
-    under a block table [B, columns]."""
+    under a block table [B, columns], or [B, heads, columns] and a cache of one head."""
     B, H, S = keys.shape[:3]
-    return (B, H, S) if table is None else (table.shape[0], H, table.shape[1] * S)
+    if table is None:
+        return B, H, S
+    return table.shape[0], table.shape[1] if table.ndim == 3 else H, table.shape[-1] * S
 
 
 def _check_lengths(lengths, keys, table) -> None:
     validate.lengths_within(lengths, cache_rows(keys, table)[2])
     if table is not None:
         validate.blocks_valid(table, lengths, keys, written=False)
+
+
+def _check_indices(indices, keys, table, lengths) -> None:
+    """Values of the caller's indices and lengths. What moves within shared blocks must be as many in every head."""
+    S = cache_rows(keys, table)[2]
+    validate.lengths_within(lengths, S)
+    validate.indices_ascend(indices, S if lengths is None else lengths)
+    if table is not None and table.ndim == 2:
+        kept = (indices >= 0).sum(-1)
+        expected = "as many tokens in every KV head of a request, whose heads share their blocks"
+        validate.require((kept == kept[:, :1]).all(), "indices", indices, expected)
+
+
+def _from_end(indices, lengths):
+    """Slots and the rows they name counted back from the request's end: the last token comes first."""
+    kept = (indices >= 0).sum(-1, keepdim=True)
+    lengths = lengths.long().view(*lengths.shape, *(1,) * (3 - lengths.ndim))
+    rank = kept - 1 - torch.arange(indices.shape[2], device=indices.device)
+    return torch.where(rank >= 0, lengths - 1 - indices.gather(2, rank.clamp(min=0)), -1)
 
 
 @_custom_op(
@@ -68,38 +93,41 @@ def _topk_indices_op(scores, keep_lengths, sink, recent, shared, lengths, truste
     _run("topk_indices", scores.device, scores, keep_lengths, sink, recent, shared, lengths, out)
 
 
-@_custom_op("fill_holes(Tensor indices, SymInt S, bool trusted, Tensor(a!) out) -> ()")
-def _fill_holes_op(indices, S, trusted, out):
-    if not trusted:
-        validate.indices_ascend(indices, S)
-    _run("fill_holes", indices.device, indices, out)
-
-
 @_custom_op(
-    "move_rows(Tensor(a!) keys, Tensor(b!) values, Tensor slots, bool ordered, bool trusted, Tensor? table=None, "
-    "Tensor? lengths=None, bool from_end=False) -> ()"
+    "move_rows(Tensor(a!) keys, Tensor(b!) values, Tensor indices, Tensor(c!)? slots, bool trusted, "
+    "Tensor? table=None, Tensor? lengths=None, bool from_end=False, Tensor(d!)? key_scales=None, "
+    "Tensor(e!)? value_scales=None) -> ()"
 )
-def _move_rows_op(keys, values, slots, ordered, trusted, table=None, lengths=None, from_end=False):
-    validate.no_internal_overlap("keys", keys)
-    validate.no_internal_overlap("values", values)
-    validate.no_mutual_overlap(keys, values)
+def _move_rows_op(
+    keys, values, indices, slots, trusted, table=None, lengths=None, from_end=False, key_scales=None, value_scales=None
+):  # fmt: skip
+    """slots: filled with the token that each slot then holds, for the fewest moves; None keeps their order."""
+    named = {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
+    validate.written_apart({name: rows for name, rows in named.items() if rows is not None})
     if not trusted:
-        S = cache_rows(keys, table)[2]
-        validate.indices_ascend(slots, S)
-        validate.lengths_within(lengths, S)
+        _check_indices(indices, keys, table, lengths)
     if table is not None:
         validate.blocks_valid(table, lengths, keys, written=True)
-    _run("move_rows", keys.device, keys, values, slots, ordered, table, lengths if from_end else None)
+    moves = _from_end(indices, lengths) if from_end else indices
+    if slots is not None:
+        _run("fill_holes", keys.device, moves, slots)
+        moves = slots
+    rest = (moves, slots is None, table, lengths if from_end else None)
+    _run("move_rows", keys.device, keys, values, *rest)
+    if key_scales is not None:
+        _run("move_rows", keys.device, key_scales, value_scales, *rest)
 
 
 @_custom_op(
-    "copy_rows(Tensor keys, Tensor values, Tensor slots, bool trusted, Tensor(a!) out_keys, Tensor(b!) out_values) "
-    "-> ()"
+    "copy_rows(Tensor keys, Tensor values, Tensor indices, Tensor(a!)? slots, bool trusted, Tensor(b!) out_keys, "
+    "Tensor(c!) out_values) -> ()"
 )
-def _copy_rows_op(keys, values, slots, trusted, out_keys, out_values):
+def _copy_rows_op(keys, values, indices, slots, trusted, out_keys, out_values):
     if not trusted:
-        validate.indices_ascend(slots, keys.shape[2])
-    _run("copy_rows", keys.device, keys, values, slots, out_keys, out_values)
+        validate.indices_ascend(indices, keys.shape[2])
+    if slots is not None:
+        _run("fill_holes", keys.device, indices, slots)
+    _run("copy_rows", keys.device, keys, values, indices if slots is None else slots, out_keys, out_values)
 
 
 @_custom_op("key_norm_scores(Tensor keys, Tensor? lengths, Tensor(a!) out, Tensor? table=None) -> ()")
