@@ -4,7 +4,12 @@ left to check here needs the tensors' values or addresses. `trusted`: an earlier
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import MutableMapping
+from typing import NamedTuple
+
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from kvevict import validate
 from kvevict.backends import pick
@@ -50,17 +55,41 @@ def cache_rows(keys: torch.Tensor, table: torch.Tensor | None) -> tuple[int, int
     return table.shape[0], table.shape[1] if table.ndim == 3 else H, table.shape[-1] * S
 
 
-def _check_lengths(lengths, keys, table) -> None:
-    validate.lengths_within(lengths, cache_rows(keys, table)[2])
-    if table is not None:
-        validate.blocks_valid(table, lengths, keys, written=False)
+class _Checked(NamedTuple):
+    """What was found in range: for which lengths, versions of lengths and table, and bounds."""
+
+    lengths: weakref.ReferenceType[torch.Tensor]
+    stamp: tuple[int, ...]
+    written: bool
+
+
+# By table, or by lengths where there is none: a decode step pays for its table in the first layer, not in all of them.
+_checked: MutableMapping[torch.Tensor, _Checked] = WeakIdKeyDictionary()
+
+
+def _check_lengths(lengths, keys, table, written: bool = False) -> None:
+    """Values of lengths and block table, once per version of them. written: no block may be there twice."""
+    if lengths is None:
+        return
+    S, (blocks, _, block_size, _) = cache_rows(keys, table)[2], keys.shape
+    by = lengths if table is None else table
+    versioned = not (lengths.is_inference() or by.is_inference())
+    stamp = (lengths._version, by._version, S, blocks, block_size) if versioned else ()
+    known = _checked.get(by)
+    if versioned and known and known.lengths() is lengths and known.stamp == stamp and known.written >= written:
+        return
+    ok = torch.empty(1, dtype=torch.bool, device=lengths.device)
+    _run("check_rows", lengths.device, lengths, S, table, blocks, block_size, ok)
+    validate.rows_in_range(ok, lengths, S, table, blocks, block_size)
+    if written:
+        validate.blocks_apart(table, lengths, blocks, block_size)
+    if versioned:
+        _checked[by] = _Checked(weakref.ref(lengths), stamp, written)
 
 
 def _check_indices(indices, keys, table, lengths) -> None:
     """Values of the caller's indices and lengths. What moves within shared blocks must be as many in every head."""
-    S = cache_rows(keys, table)[2]
-    validate.lengths_within(lengths, S)
-    validate.indices_ascend(indices, S if lengths is None else lengths)
+    validate.indices_ascend(indices, cache_rows(keys, table)[2] if lengths is None else lengths)
     if table is not None and table.ndim == 2:
         kept = (indices >= 0).sum(-1)
         expected = "as many tokens in every KV head of a request, whose heads share their blocks"
@@ -89,7 +118,7 @@ def _keydiff_scores_op(keys, anchor, unit, lengths, out, table=None):
 )
 def _topk_indices_op(scores, keep_lengths, sink, recent, shared, lengths, trusted, out):
     if not trusted:
-        validate.lengths_within(lengths, scores.shape[2])
+        _check_lengths(lengths, scores[..., None], None)
     _run("topk_indices", scores.device, scores, keep_lengths, sink, recent, shared, lengths, out)
 
 
@@ -104,10 +133,10 @@ def _move_rows_op(
     """slots: filled with the token that each slot then holds, for the fewest moves; None keeps their order."""
     named = {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
     validate.written_apart({name: rows for name, rows in named.items() if rows is not None})
+    if table is not None:
+        _check_lengths(lengths, keys, table, written=True)
     if not trusted:
         _check_indices(indices, keys, table, lengths)
-    if table is not None:
-        validate.blocks_valid(table, lengths, keys, written=True)
     moves = _from_end(indices, lengths) if from_end else indices
     if slots is not None:
         _run("fill_holes", keys.device, moves, slots)
@@ -182,5 +211,5 @@ def _pool_scores_op(scores, kernel_size, average, out):
 
 @_custom_op("evict_slots(Tensor scores, SymInt sink, SymInt recent, Tensor? lengths, Tensor(a!) out) -> ()")
 def _evict_slots_op(scores, sink, recent, lengths, out):
-    validate.lengths_within(lengths, scores.shape[2])
+    _check_lengths(lengths, scores[..., None], None)
     _run("evict_slots", scores.device, scores, sink, recent, lengths, out)

@@ -456,7 +456,7 @@ def _dense(keys: Tensor, lengths: Tensor | None, values: Tensor | None = None, d
     keys = validate.cache("keys", keys, dtypes)
     values = keys if values is None else validate.cache("values", values, dtypes, like=keys)
     if lengths is not None:
-        lengths = validate.lengths(lengths, *keys.shape[:2], keys)
+        lengths = validate.lengths(lengths, keys.shape[0], keys.shape[1], keys)
     return _Cache(keys, values, None, lengths)
 
 

@@ -4,7 +4,6 @@ expected. Checks of shapes, dtypes and strides run on the host; checks of tensor
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -149,13 +148,15 @@ def like_scores(name: str, value: object, dtype: torch.dtype, shape: tuple[int, 
     return value
 
 
-@torch.compiler.assume_constant_result
-def keep_fraction(keep: float) -> tuple[int, int]:
-    """A float keep as the decimal that it was written as, to 12 places: 0.145 is 29/200, not 0.14499999999999999.
+_WHOLE = 10**12
 
-    In int64, 12 places leave room for 4.6 million tokens.
+
+def _share(keep: float) -> int:
+    """A float keep in units of 10⁻¹², the decimal that it was written as: 0.145 is 29/200, not 0.14499999999999999.
+
+    In int64 that leaves room for 4.6 million tokens. Arithmetic alone, so that torch.compile can trace it.
     """
-    return Fraction(f"{keep:.12f}").as_integer_ratio()
+    return int(keep * _WHOLE + 0.5)
 
 
 def kept_tokens(keep: int | float, S: int, sink: int, recent: int) -> int:
@@ -167,8 +168,7 @@ def kept_tokens(keep: int | float, S: int, sink: int, recent: int) -> int:
     if isinstance(keep, float):
         if not 0.0 < keep <= 1.0:  # NaN is refused, too
             raise ValueError(f"keep is {keep}: expected a float in (0, 1], or an int number of tokens")
-        p, q = keep_fraction(keep)
-        n = max((2 * p * S + q) // (2 * q), 1)
+        n = max((2 * _share(keep) * S + _WHOLE) // (2 * _WHOLE), 1)
     else:
         if not 1 <= keep <= S:
             raise ValueError(f"keep is {keep}: expected an int from 1 to {S}, the number of tokens")
@@ -183,8 +183,8 @@ def kept_lengths(keep: int | float | Tensor, lengths: Tensor) -> Tensor:
     keeps no more than it has. Integers only, so every device rounds alike."""
     lengths = lengths.long()
     if isinstance(keep, float):
-        p, q = keep_fraction(keep)
-        return torch.minimum(((lengths * (2 * p) + q) // (2 * q)).clamp(min=1), lengths)
+        share = (lengths * (2 * _share(keep)) + _WHOLE) // (2 * _WHOLE)
+        return torch.minimum(share.clamp(min=1), lengths)
     if isinstance(keep, Tensor):
         return torch.minimum(keep.long(), lengths if lengths.ndim == keep.ndim else lengths[:, None])
     return lengths.clamp(max=keep)
@@ -243,25 +243,26 @@ def _extent(value: Tensor) -> int:
     return value.element_size() * (1 + sum(s * (n - 1) for s, n in zip(value.stride(), value.shape, strict=True)))
 
 
-def lengths_within(lengths: Tensor | None, S: int) -> None:
-    if lengths is not None:
+def rows_in_range(ok: Tensor, lengths: Tensor, S: int, table: Tensor | None, blocks: int, block_size: int) -> None:
+    """`require` ok [1]; on the CPU the error names what is out of range."""
+    if ok.device.type == "cpu" and not ok:
         least = 1 if lengths.ndim == 1 else 0  # a request has a token, one of its heads may have none left
         require(((lengths >= least) & (lengths <= S)).all(), "lengths", lengths, f"values from {least} to {S}")
+        assert table is not None
+        expected = f"blocks from 0 to {blocks - 1} wherever a request has tokens"
+        raise ValueError(f"block_tables is {table.tolist() if table.numel() <= 64 else table}: expected {expected}")
+    require(ok[0], "lengths or block_tables", lengths, f"lengths up to {S}, blocks from 0 to {blocks - 1}")
 
 
-def blocks_valid(table: Tensor, lengths: Tensor, cache: Tensor, written: bool) -> None:
-    """Every block that holds a token is one of the cache [blocks, H, block_size, D]; written: and of one request."""
-    blocks, _, block_size, _ = cache.shape
+def blocks_apart(table: Tensor, lengths: Tensor, blocks: int, block_size: int) -> None:
+    """No block that holds a token is in the table twice."""
     lengths = lengths.view(*lengths.shape, *(1,) * (table.ndim - lengths.ndim))
     used = torch.arange(table.shape[-1], device=table.device) * block_size < lengths
-    inside = ((table >= 0) & (table < blocks)) | ~used
-    require(inside.all(), "block_tables", table, f"blocks from 0 to {blocks - 1} wherever a request has tokens")
-    if written:
-        # Unused entries become numbers that occur once.
-        apart = torch.arange(blocks, blocks + table.numel(), device=table.device).view(table.shape)
-        order = torch.where(used, table, apart).flatten().sort().values
-        expected = "no block twice: shared blocks (prefix caching) are not written; copy them first"
-        require((order[1:] != order[:-1]).all(), "block_tables", table, expected)
+    # Unused entries become numbers that occur once.
+    apart = torch.arange(blocks, blocks + table.numel(), device=table.device).view(table.shape)
+    order = torch.where(used, table, apart).flatten().sort().values
+    expected = "no block twice: shared blocks (prefix caching) are not written; copy them first"
+    require((order[1:] != order[:-1]).all(), "block_tables", table, expected)
 
 
 def indices_ascend(indices: Tensor, ends: Tensor | int) -> None:

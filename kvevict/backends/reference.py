@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "attention_lse",
     "attention_mass",
+    "check_rows",
     "copy_rows",
     "decode_attention",
     "evict_slots",
@@ -40,6 +41,17 @@ def _dense(rows: Tensor, table: Tensor | None) -> Tensor:
         return rows
     pages = _as_bytes(rows)[table.long().clamp(min=0, max=rows.shape[0] - 1)]  # no block beyond a request's length
     return pages.transpose(1, 2).flatten(2, 3).view(rows.dtype)
+
+
+def check_rows(lengths: Tensor, S: int, table: Tensor | None, blocks: int, block_size: int, ok: Tensor) -> None:
+    """Whether every length is from 1 (of a head: from 0) to S, and every block that holds a token one of `blocks`."""
+    least = 1 if lengths.ndim == 1 else 0
+    ok.fill_(((lengths >= least) & (lengths <= S)).all())
+    if table is not None:
+        if table.ndim > lengths.ndim + 1:
+            lengths = lengths[:, None]
+        used = torch.arange(table.shape[-1], device=table.device) * block_size < lengths[..., None]
+        ok.logical_and_((((table >= 0) & (table < blocks)) | ~used).all())
 
 
 def keydiff_scores(

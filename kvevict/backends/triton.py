@@ -1,5 +1,6 @@
 """The Triton backend: the launchers of kvevict.kernels under the interface's names."""
 
+from kvevict.kernels.check_rows import check_rows
 from kvevict.kernels.compact_kv import copy_rows, fill_holes, move_rows
 from kvevict.kernels.decode_attention import decode_attention
 from kvevict.kernels.pool_scores import pool_scores
@@ -12,6 +13,7 @@ from kvevict.kernels.select_topk import evict_slots, topk_indices
 __all__ = [
     "attention_lse",
     "attention_mass",
+    "check_rows",
     "copy_rows",
     "decode_attention",
     "evict_slots",
