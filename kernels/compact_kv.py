@@ -192,9 +192,7 @@ def move_rows(
         flags = torch.zeros(move_flags(slots, keys, values), dtype=torch.int32, device=keys.device)
     elif flags.numel() < move_flags(slots, keys, values):
         raise ValueError(f"flags has {flags.numel()} elements: expected {move_flags(slots, keys, values)}")
-    scales = (None, None)
-    if key_scales is not None and value_scales is not None:
-        scales = (rows_of(key_scales, table), rows_of(value_scales, table))
+    scales = tuple(None if x is None else rows_of(x, table) for x in (key_scales, value_scales))
     _launch_move(_byte_rows(keys, table), _byte_rows(values, table), slots, scales=scales, ends=ends, flags=flags)
 
 

@@ -120,10 +120,10 @@ def move_config(
         # The barrier does not wait there for the loads of the waves that meet at it (compact_kv.py): one wave, 64
         # threads, and as much data for each of them.
         return MoveConfig(block_rows // 4, block_dim, block_value_dim, num_warps=1)
+    # A load of fewer than 4 bytes takes a register of its own all the same: fewer rows.
+    block_rows //= max(4 // access, 1)
     # Where 8 rows fill it, a paged row's address (two of them) no longer fits beside: half the data a thread.
-    num_warps = 4 if rows > 8 else 8
-    # Every load fills registers of its own: one of less than 4 bytes takes 4.
-    return MoveConfig(block_rows, block_dim, block_value_dim, num_warps * max(4 // access, 1))
+    return MoveConfig(block_rows, block_dim, block_value_dim, num_warps=4 if rows > 8 else 8)
 
 
 def head_chunk(head_dim: int, element_size: int) -> int:

@@ -49,17 +49,17 @@ class PerRow(NamedTuple):
 def rows_of(x: torch.Tensor, table: torch.Tensor | None = None) -> Rows:
     """Describe x [B, H, S, D], or [blocks, H, block_size, D] under a table [B, columns] or [B, H, columns]."""
     x, e4m3_bytes = _plain_bytes(x)
-    shape, strides = x.shape, x.stride()
-    unit_strides, align = _aligned(shape, strides, x.data_ptr() % 16, x.element_size())
-    constants = (_constant(shape[3]), align, _constant(e4m3_bytes))
-    if table is None:
-        return Rows(x, *unit_strides, None, 0, 0, _constant(1), *constants)
-    stride_b, stride_h, stride_s = unit_strides
-    table_stride_h = 0
-    if table.ndim == 3:  # the head is in the table, and the cache has one
-        table_stride_h, stride_h = table.stride(1), 0
-    block_size = _constant(shape[2])
-    return Rows(x, stride_b, stride_h, stride_s, table, table.stride(0), table_stride_h, block_size, *constants)
+    shape = x.shape
+    stride_b, stride_h, stride_s, align = _aligned(shape, x.stride(), x.data_ptr() % 16, x.element_size())
+    table_stride_b, table_stride_h, block_size = 0, 0, 1
+    if table is not None:
+        table_stride_b, block_size = table.stride(0), shape[2]
+        if table.ndim == 3:  # the head is in the table, and the cache has one
+            table_stride_h, stride_h = table.stride(1), 0
+    return Rows(
+        x, stride_b, stride_h, stride_s, table, table_stride_b, table_stride_h,
+        _constant(block_size), _constant(shape[3]), _constant(align), _constant(e4m3_bytes),
+    )  # fmt: skip
 
 
 _constant = functools.lru_cache(maxsize=None, typed=True)(tl.constexpr)  # typed: True is not 1
@@ -68,12 +68,12 @@ _constant = functools.lru_cache(maxsize=None, typed=True)(tl.constexpr)  # typed
 @functools.lru_cache(maxsize=1024)  # a decode step asks the same of every layer
 def _aligned(
     shape: tuple[int, ...], strides: tuple[int, ...], address: int, element_size: int
-) -> tuple[tuple[int, ...], tl.constexpr]:
+) -> tuple[int, int, int, int]:
     """The first three strides in units of `align`, and `align`: the most elements, up to 16 bytes, of which every row's
     address is a multiple. The stride of a dimension of one never counts: its index is 0."""
     counted = (stride for stride, size in zip(strides[:3], shape[:3], strict=True) if size > 1)
     align = math.gcd(16 // element_size, address // element_size, *counted)
-    return tuple(stride // align for stride in strides[:3]), _constant(align)
+    return strides[0] // align, strides[1] // align, strides[2] // align, align
 
 
 def per_row(counts: torch.Tensor | None) -> PerRow | None:
