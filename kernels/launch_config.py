@@ -81,21 +81,47 @@ def select_config(rows: int, tokens: int, multiprocessors: int) -> SelectConfig:
 
 
 @dataclass(frozen=True)
+class FillConfig:
+    """`block` slots at a time; each row is cut into runs of `chunk` slots, one program each."""
+
+    chunk: int
+    block: int = 256  # one histogram bin per slot, and its cost grows with the bins
+
+
+def fill_config(rows: int, slots: int, multiprocessors: int) -> FillConfig:
+    block = FillConfig.block
+    # A program starts with searches in its row, chains of loads that its blocks share: as many programs as are on the
+    # device at once, 8 of 128 threads on a multiprocessor, and no more.
+    programs = max(1, min(cdiv(slots, block), 8 * multiprocessors // rows))
+    return FillConfig(cdiv(cdiv(slots, block), programs) * block)
+
+
+@dataclass(frozen=True)
 class MoveConfig:
     """`block_rows` rows of K and of V per program, all of them in registers between load and store."""
 
     block_rows: int
     block_dim: int
     block_value_dim: int
-    num_warps: int = 4
+    num_warps: int
 
 
-def move_config(head_dim: int, value_dim: int, element_size: int) -> MoveConfig:
+@functools.cache
+def move_config(
+    head_dim: int, value_dim: int, element_size: int, access: int = 16, ordered: bool = False, backend: str = "cuda"
+) -> MoveConfig:
+    """access: bytes that one load may have. ordered: in place, with a barrier between a program's loads and stores."""
     block_dim, block_value_dim = next_power_of_2(head_dim), next_power_of_2(value_dim)
     # 32 KiB over 128 threads: 64 registers of data each, 16 loads of 16 bytes in flight per thread.
     rows = (32 * 1024) // ((block_dim + block_value_dim) * element_size)
     # At least 8, whatever head_dim; at most 128, an index a thread. tl.arange wants a power of two.
     block_rows = next_power_of_2(max(8, min(rows, 128)) // 2 + 1)
+    if ordered and backend == "hip":
+        # The barrier does not wait there for the loads of the waves that meet at it (compact_kv.py): one wave, 64
+        # threads, and as much data for each of them.
+        return MoveConfig(block_rows // 4, block_dim, block_value_dim, num_warps=1)
+    # A load of fewer than 4 bytes takes a register of its own all the same: fewer rows.
+    block_rows //= max(4 // access, 1)
     # Where 8 rows fill it, a paged row's address (two of them) no longer fits beside: half the data a thread.
     return MoveConfig(block_rows, block_dim, block_value_dim, num_warps=4 if rows > 8 else 8)
 

@@ -141,10 +141,8 @@ def _move_rows_op(
     if slots is not None:
         _run("fill_holes", keys.device, moves, slots)
         moves = slots
-    rest = (moves, slots is None, table, lengths if from_end else None)
-    _run("move_rows", keys.device, keys, values, *rest)
-    if key_scales is not None:
-        _run("move_rows", keys.device, key_scales, value_scales, *rest)
+    ends = lengths if from_end else None
+    _run("move_rows", keys.device, keys, values, moves, slots is None, table, ends, None, key_scales, value_scales)
 
 
 @_custom_op(

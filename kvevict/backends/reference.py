@@ -22,6 +22,7 @@ __all__ = [
     "key_norm_scores",
     "keydiff_scores",
     "mlp_scores",
+    "move_flags",
     "move_rows",
     "pool_scores",
     "topk_indices",
@@ -272,14 +273,25 @@ def fill_holes(indices: Tensor, out: Tensor) -> None:
             out[b, h, : len(kept)][is_hole] = kept[len(stay) :]
 
 
-def _gather_rows(rows: Tensor, slots: Tensor) -> Tensor:
-    """[B, H, n, D]: row slots[j] of every head (row 0 for padding)."""
-    return rows.gather(2, slots.clamp(min=0)[..., None].expand(-1, -1, -1, rows.shape[3]))
-
-
 def _as_bytes(rows: Tensor) -> Tensor:
     """torch has no gather for float8; its rows move as bytes."""
     return rows.view(torch.uint8) if rows.element_size() == 1 else rows
+
+
+def _row_index(rows: Tensor, table: Tensor | None, b: Tensor, h: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    """The index into rows [B, H, S, D] of some tokens, each of request b and head h; or, under a table [B, columns] or
+    [B, H, columns], into rows [blocks, H or 1, block_size, D]."""
+    if table is None:
+        return b, h, tokens
+    block_size = rows.shape[2]
+    if table.ndim == 3:
+        return table[b, h, tokens // block_size].long(), torch.zeros_like(h), tokens % block_size
+    return table[b, tokens // block_size].long(), h, tokens % block_size
+
+
+def move_flags(slots: Tensor, keys: Tensor, values: Tensor) -> int:
+    """How many flags `move_rows` takes: nothing waits here."""
+    return 0
 
 
 def move_rows(
@@ -289,27 +301,42 @@ def move_rows(
     ordered: bool,
     table: Tensor | None = None,
     ends: Tensor | None = None,
+    flags: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
-    """In place: slot j of every head gets row slots[j]; -1 leaves the slot as it is. `ordered` changes nothing here.
+    """In place: slot j of every head gets row slots[j]; -1 leaves the slot as it is. `ordered` and `flags` change
+    nothing here.
 
-    table: keys and values are paged. ends [B]: slots and rows are counted back from a request's end.
+    table: keys and values are paged. ends [B] or [B, H]: slots and rows are counted back from a request's end.
+    key_scales, value_scales: rows of one element that move with the others.
     """
     B, H, n = slots.shape
-    block_size = keys.shape[2]
-    if table is None:
-        table = torch.arange(B, device=slots.device)[:, None]  # one block per request
-    source, target = slots.clamp(min=0), torch.arange(n, device=slots.device).expand(B, H, n)
-    if ends is not None:
-        source, target = (ends.long()[:, None, None] - 1 - x for x in (source, target))
+    source, target = slots, torch.arange(n, device=slots.device).expand(B, H, n)
     moves = (slots >= 0) & (source != target)
-    request, head, _ = moves.nonzero(as_tuple=True)
-    old, new = ((table[request, x[moves] // block_size].long(), head, x[moves] % block_size) for x in (source, target))
-    for rows in (_as_bytes(keys), _as_bytes(values)):
-        rows[new] = rows[old]  # all are read before one is written
+    if ends is not None:
+        last = ends.long().view(B, -1, 1) - 1
+        source, target = last - source, last - target
+    b, h, _ = moves.nonzero(as_tuple=True)
+    for rows in (keys, values, key_scales, value_scales):
+        if rows is not None:
+            old, new = (_row_index(rows, table, b, h, tokens[moves]) for tokens in (source, target))
+            _as_bytes(rows)[new] = _as_bytes(rows)[old]  # all are read before one is written
 
 
-def copy_rows(keys: Tensor, values: Tensor, slots: Tensor, out_keys: Tensor, out_values: Tensor) -> None:
-    """Slot j of every head of the outputs gets row slots[j]; -1 gets zeros."""
+def copy_rows(
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    out_keys: Tensor,
+    out_values: Tensor,
+    table: Tensor | None = None,
+    out_table: Tensor | None = None,
+) -> None:
+    """Slot j of every head of the outputs gets row slots[j]; -1 gets zeros, or where the outputs are paged, nothing."""
+    b, h, j = (slots >= 0).nonzero(as_tuple=True)
     for rows, out in ((keys, out_keys), (values, out_values)):
         rows, out = _as_bytes(rows), _as_bytes(out)
-        out.copy_(_gather_rows(rows, slots).masked_fill(slots[..., None] < 0, 0))
+        if out_table is None:
+            out.zero_()
+        out[_row_index(out, out_table, b, h, j)] = rows[_row_index(rows, table, b, h, slots[b, h, j])]

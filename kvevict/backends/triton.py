@@ -1,7 +1,7 @@
 """The Triton backend: the launchers of kvevict.kernels under the interface's names."""
 
 from kvevict.kernels.check_rows import check_rows
-from kvevict.kernels.compact_kv import copy_rows, fill_holes, move_rows
+from kvevict.kernels.compact_kv import copy_rows, fill_holes, move_flags, move_rows
 from kvevict.kernels.decode_attention import decode_attention
 from kvevict.kernels.pool_scores import pool_scores
 from kvevict.kernels.score_attention import attention_lse, attention_mass
@@ -21,6 +21,7 @@ __all__ = [
     "key_norm_scores",
     "keydiff_scores",
     "mlp_scores",
+    "move_flags",
     "move_rows",
     "pool_scores",
     "topk_indices",
