@@ -17,6 +17,13 @@ WIDTHS = (1, 2, 3, 7, 8, 15, 16, 17, 24, 33, 40, 64, 80)
 SPECIAL = (0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan)
 
 
+def per_head(lengths: Buffer | None, B: int, H: int, S: int) -> list[list[int]]:
+    """[b][h]: the tokens of each row, of lengths [B], [B, H] or None."""
+    if lengths is None:
+        return [[S] * H] * B
+    return [length if isinstance(length, list) else [length] * H for length in lengths.lists()]
+
+
 class Draw:
     """What the arguments of one case are drawn with."""
 
@@ -47,15 +54,21 @@ class Draw:
         scores = self.memory.tensor(shape, torch.float32, self.score(self.chance(0.5)), self.chance(0.9), expand=True)
         return scores
 
-    def lengths(self, B: int, S: int) -> Buffer | None:
+    def lengths(self, B: int, H: int, S: int, per_row: bool = False) -> Buffer | None:
+        """None, [B], or, per_row, perhaps [B, H] with empty rows."""
         if self.chance(0.4):
             return None
-        values = [S if self.chance(0.2) else self.random.randint(1, S) for _ in range(B)]
-        return self.integers(values)
+        if per_row and self.chance(0.4):
+            return self.integers([[self.length(S, least=0) for _ in range(H)] for _ in range(B)])
+        return self.integers([self.length(S) for _ in range(B)])
 
-    def integers(self, values: list[int]) -> Buffer:
-        """A tensor [B] of int32 or int64, of any stride."""
-        return self.memory.holding(values, (len(values),), self.choice((torch.int32, torch.int64)), rows=False)
+    def length(self, S: int, least: int = 1) -> int:
+        return self.choice((least, S)) if self.chance(0.3) else self.random.randint(least, S)
+
+    def integers(self, values: list) -> Buffer:
+        """A tensor [B] or [B, H] of int32 or int64, of any stride."""
+        shape = (len(values), len(values[0])) if isinstance(values[0], list) else (len(values),)
+        return self.memory.holding(values, shape, self.choice((torch.int32, torch.int64)), rows=False)
 
     def cache(self, B: int, H: int, S: int, D: int, dtypes=FLOATS, any_bytes=False, expand=False):
         """Keys and values [B, H, S, ...]: apart, side by side or interleaved in one allocation."""
@@ -80,8 +93,9 @@ class Draw:
         if lengths is None or buffer.overlaps_itself() or not buffer.dtype.is_floating_point:
             return
         B, H, S, D = buffer.shape
-        for b, length in enumerate(lengths.lists()):
-            for h, s in itertools.product(range(H), range(length, S)):
+        own = per_head(lengths, B, H, S)
+        for b, h in itertools.product(range(B), range(H)):
+            for s in range(own[b][h], S):
                 buffer.put((b, h, s, self.random.randrange(D)), math.nan)
 
     def spoil_keys(self, keys: Buffer) -> None:
@@ -106,52 +120,70 @@ class Draw:
         share = self.choice((0.1, 0.25, 0.3, 0.145, 0.5, 0.7, 0.9, 1.0, 1 / 3, 0.5000004, self.random.random()))
         return share if share > least and round(share * S - 0.5) >= sink + recent else 1.0
 
+    def heads(self, lengths: Buffer | None) -> str:
+        """Heads of unlike length share no selection."""
+        return "each" if lengths and len(lengths.shape) == 2 else self.choice(("each", "shared"))
+
     def protection(self, S: int) -> tuple[int, int]:
         sink = self.choice((0, 0, 1, 4, self.random.randint(0, S)))
         recent = self.choice((0, 0, 1, 3, self.random.randint(0, S)))
         return (sink, recent) if sink + recent <= S else (0, min(recent, S))
 
-    def indices(self, B: int, H: int, lengths: list[int], n: int, equal: bool) -> Buffer:
-        """[B, H, n] ascending indices below each request's length, padded with -1; equal: as many in every head."""
+    def indices(self, lengths: list[list[int]], n: int, equal: bool) -> Buffer:
+        """[B, H, n] ascending indices below each row's length, padded with -1; equal: as many in every head."""
         rows = []
-        for b in range(B):
-            most = min(n, lengths[b])
-            count = most if self.chance(0.5) else self.random.randint(1, most)
-            counts = [count if equal else self.random.randint(0, most) for _ in range(H)]
-            picked = [sorted(self.random.sample(range(lengths[b]), count)) for count in counts]
+        for own in lengths:
+            most = [min(n, length) for length in own]
+            count = min(most) if self.chance(0.5) else self.random.randint(1, min(most)) if min(most) else 0
+            counts = [count if equal else self.random.randint(0, x) for x in most]
+            picked = [sorted(self.random.sample(range(length), c)) for length, c in zip(own, counts, strict=True)]
             rows.append([row + [-1] * (n - len(row)) for row in picked])
-        return self.memory.holding(rows, (B, H, n), torch.int64, rows=False)
+        return self.memory.holding(rows, (len(rows), len(rows[0]), n), torch.int64, rows=False)
 
 
 class Paged:
-    """A paged cache, its block table, and where each token lies."""
+    """A paged cache, its block table, and where each token lies.
 
-    def __init__(self, draw: Draw, dtypes=FLOATS, any_bytes=False) -> None:
+    per_head: [B, H, columns], every row (b, h) in blocks of its own, of a cache with one head; it may be empty.
+    """
+
+    def __init__(self, draw: Draw, dtypes=FLOATS, any_bytes: bool = False, per_head: bool = False) -> None:
         random = draw.random
         self.B, self.H, self.D = draw.choice((1, 2, 3)), draw.choice((1, 1, 2, 3)), draw.choice(WIDTHS[:10])
         self.block_size = draw.choice((1, 2, 3, 5, 8, 16, 17))
         self.columns = random.randint(1, max(60 // self.block_size, 1))
         self.S = self.columns * self.block_size
-        blocks = self.B * self.columns + random.randint(0, 3)
-        held = [self.S if draw.chance(0.2) else random.randint(1, self.S) for _ in range(self.B)]
-        order = random.sample(range(blocks), self.B * self.columns)
-        self.table_rows = [order[b * self.columns : (b + 1) * self.columns] for b in range(self.B)]
-        for row, length in zip(self.table_rows, held, strict=True):
+        self.per_head = per_head
+        least, tables = (0, self.B * self.H) if per_head else (1, self.B)
+        own = [draw.length(self.S, least) for _ in range(tables)]
+        self.blocks = tables * self.columns + random.randint(0, 3)
+        order = random.sample(range(self.blocks), tables * self.columns)
+        rows = [order[i * self.columns : (i + 1) * self.columns] for i in range(tables)]
+        for row, length in zip(rows, own, strict=True):
             for column in range(-(-length // self.block_size), self.columns):  # not to be read
                 row[column] = draw.choice((-1, 10**6, -(10**6), row[0]))
-        self.held = held
-        self.table = draw.memory.holding(self.table_rows, (self.B, self.columns), torch.int32, rows=draw.chance(0.8))
-        self.lengths = draw.integers(held)
-        shape = (blocks, self.block_size, self.H)
+        H = self.H
+        if per_head:
+            self.tables = [rows[b * H : (b + 1) * H] for b in range(self.B)]
+            self.held = [own[b * H : (b + 1) * H] for b in range(self.B)]
+        else:
+            self.tables, self.held = [[row] * H for row in rows], [[length] * H for length in own]
+        shape = (self.B, H, self.columns) if per_head else (self.B, self.columns)
+        self.table = draw.memory.holding(self.tables if per_head else rows, shape, torch.int32, draw.chance(0.8))
+        self.lengths = draw.integers(self.held if per_head else own)
+        self.heads_in_cache = 1 if per_head else H
+        shape = (self.blocks, self.block_size, self.heads_in_cache)
         dtype, DV = draw.choice(dtypes), draw.choice((self.D, self.D, 5))
         element = None if any_bytes or not dtype.is_floating_point else draw.gauss
         self.keys = draw.memory.tensor((*shape, self.D), dtype, element)
         self.values = draw.memory.tensor((*shape, DV), dtype, element)
-        self.blocks = blocks
 
     def place(self, b: int, h: int, token: int) -> tuple[int, int, int]:
         """Index of a token's row in the cache [blocks, block_size, H, ...]."""
-        return self.table_rows[b][token // self.block_size], token % self.block_size, h
+        return self.tables[b][h][token // self.block_size], token % self.block_size, 0 if self.per_head else h
+
+    def each_head(self) -> list[tuple[int, int]]:
+        return list(itertools.product(range(self.B), range(self.H)))
 
     def arguments(self) -> dict:
         return dict(key_cache=self.keys, block_tables=self.table, lengths=self.lengths)
@@ -161,16 +193,16 @@ class Paged:
         lists = cache.lists()
 
         def row(b: int, h: int, token: int) -> list[float]:
-            block, slot, _ = self.place(b, h, token)
-            return lists[block][slot][h]
+            block, slot, head = self.place(b, h, token)
+            return lists[block][slot][head]
 
-        return [[[row(b, h, t) for t in range(self.held[b])] for h in range(self.H)] for b in range(self.B)]
+        return [[[row(b, h, t) for t in range(self.held[b][h])] for h in range(self.H)] for b in range(self.B)]
 
     def spoil_unused(self, draw: Draw) -> None:
         """Put NaN in rows that hold no request's token."""
-        used = {self.place(b, 0, t)[:2] for b in range(self.B) for t in range(self.held[b])}
+        used = {self.place(b, h, t)[:2] for b, h in self.each_head() for t in range(self.held[b][h])}
         for block, row in itertools.product(range(self.blocks), range(self.block_size)):
             if (block, row) not in used and draw.chance(0.5):
-                for h in range(self.H):
-                    self.keys.put((block, row, h, 0), math.nan)
-                    self.values.put((block, row, h, 0), math.nan)
+                for head in range(self.heads_in_cache):
+                    self.keys.put((block, row, head, 0), math.nan)
+                    self.values.put((block, row, head, 0), math.nan)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from decimal import ROUND_FLOOR, Decimal
+from operator import mul
 
 Row = list[float]
 INF = math.inf
@@ -114,7 +115,7 @@ def padded(row: list[int], width: int) -> list[int]:
 
 
 def dot(a: Row, b: Row) -> float:
-    return math.fsum(x * y for x, y in zip(a, b, strict=True))
+    return sum(map(mul, a, b))
 
 
 def norm(a: Row) -> float:
@@ -194,7 +195,7 @@ def mass(weights: list[list[Row]], length: int, queries: int, causal: bool, redu
 
 
 def weighted_rows(weights: Row, rows: list[Row]) -> Row:
-    return [math.fsum(w * row[d] for w, row in zip(weights, rows, strict=True)) for d in range(len(rows[0]))]
+    return [dot(weights, column) for column in zip(*rows, strict=True)]
 
 
 def mlp(hidden: Row, w1: list[Row], b1: Row, w2: Row, b2: float) -> float:

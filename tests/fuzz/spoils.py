@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import torch
 
-from fuzz.contracts import Case
+from fuzz.checks import Case
 from fuzz.drawing import Draw
 from fuzz.memory import Buffer
 
-FLAGS = ("inplace", "preserve_order", "causal")
+FLAGS = ("inplace", "preserve_order", "causal", "return_lse")
 WORDS = ("heads", "reduce", "mode", "to", "normalize")
 WRITTEN = {
     "compact": ("keys", "values"),
@@ -39,9 +39,9 @@ def _ways(draw: Draw, op: str, name: str, value, case: Case) -> Iterator[object]
         yield from ("no", 2, None)
     elif name in WORDS or (name == "scale" and op == "combine_scores"):
         yield from ("x", 1, "")
-    elif name in ("scale", "decay", "threshold"):
+    elif name in ("scale", "decay", "threshold", "floor"):
         yield from (math.nan, math.inf, "1", True, [1])
-        if name == "decay":
+        if name in ("decay", "floor"):
             yield from (-0.1, 1.5)
     elif name in ("sink", "recent"):
         yield from (-1, 0.5, True, "1", None)
@@ -69,7 +69,8 @@ def _ways(draw: Draw, op: str, name: str, value, case: Case) -> Iterator[object]
             yield draw.memory.tensor((*value.shape[:3], 4), value.dtype, lambda: 1).tensor[..., ::2]
         if name == "lengths":
             for wrong in (0, -1, case.sizes["S"] + 1):
-                yield draw.integers(_with(draw, value.lists(), wrong))
+                if wrong or len(value.shape) == 1:
+                    yield draw.integers(_with(draw, value.lists(), wrong))
         elif name == "indices":
             yield from _indices(draw, value, case)
         elif name == "block_tables":
@@ -81,17 +82,18 @@ def _keeps(draw: Draw, op: str, case: Case) -> Iterator[object]:
     if op != "paged_keydiff_compact":
         yield case.sizes["S"] + 1
         return
-    B = case.sizes["paged"].B
-    yield draw.integers(_with(draw, [1] * B, 0))
-    yield draw.integers(_with(draw, [1] * B, -3))
-    yield draw.integers([1] * (B + 1))
-    yield draw.memory.holding([1.0] * B, (B,), torch.float32)
+    lengths = case.arguments["lengths"]
+    yield draw.integers(_with(draw, lengths.lists(), 0))
+    yield draw.integers(_with(draw, lengths.lists(), -3))
+    yield draw.integers([*lengths.lists(), lengths.lists()[0]])
+    yield draw.memory.tensor(lengths.shape, torch.float32, lambda: 1.0)
 
 
 def _with(draw: Draw, values: list, wrong) -> list:
-    """The list with one value wrong."""
+    """The (nested) list with one value wrong."""
     place = draw.random.randrange(len(values))
-    return [wrong if i == place else x for i, x in enumerate(values)]
+    inner = _with(draw, values[place], wrong) if isinstance(values[place], list) else wrong
+    return [inner if i == place else x for i, x in enumerate(values)]
 
 
 def _tensors(draw: Draw, value: Buffer) -> Iterator[object]:
@@ -117,7 +119,7 @@ def _sharing(value: Buffer) -> Iterator[object]:
 def _indices(draw: Draw, value: Buffer, case: Case) -> Iterator[object]:
     (B, H, n), cache = value.shape, case.sizes.get("paged")
     b, h = draw.random.randrange(B), draw.random.randrange(H)
-    end = cache.held[b] if cache else case.sizes["S"]
+    end = cache.held[b][h] if cache else case.sizes["S"]
 
     def replaced(row: list[int]) -> Buffer:
         rows = value.lists()
@@ -134,21 +136,24 @@ def _indices(draw: Draw, value: Buffer, case: Case) -> Iterator[object]:
         yield replaced([row[1], row[0], *row[2:]])
         yield replaced([row[0], *row[:-1]])
         yield replaced([-1, *row[1:]])
-        if cache and H > 1:  # fewer in one head than in the others
+        if cache and H > 1 and not cache.per_head:  # fewer in one head than in the others
             yield replaced([*row[: count - 1], *[-1] * (n - count + 1)])
 
 
 def _tables(draw: Draw, op: str, value: Buffer, case: Case) -> Iterator[object]:
     cache = case.sizes["paged"]
-    b = draw.random.randrange(cache.B)
-    used = -(-cache.held[b] // cache.block_size)
+    b, h = draw.choice([(b, h) for b, h in cache.each_head() if cache.held[b][h]] or [(0, 0)])
+    used = -(-cache.held[b][h] // cache.block_size)
+    if not used:
+        return
 
     def replaced(column: int, block: int) -> Buffer:
         rows = value.lists()
-        rows[b][column] = block
+        row = rows[b][h] if cache.per_head else rows[b]
+        row[column] = block
         return draw.memory.holding(rows, value.shape, torch.int32)
 
     yield replaced(draw.random.randrange(used), -1)
     yield replaced(used - 1, cache.blocks)
     if op in WRITTEN and used > 1:  # a block twice
-        yield replaced(used - 1, cache.table_rows[b][0])
+        yield replaced(used - 1, cache.tables[b][h][0])

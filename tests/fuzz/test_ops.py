@@ -14,9 +14,10 @@ import torch
 from conftest import DEVICE
 
 import kvevict
-from fuzz.contracts import OPS, Case, opened
+from fuzz.checks import Case, opened
 from fuzz.drawing import Draw
 from fuzz.memory import Buffer
+from fuzz.ops import OPS
 from fuzz.spoils import spoil
 
 CASES = dict(reference=25, triton=8)  # of each op, where no seconds are given
