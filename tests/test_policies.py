@@ -225,7 +225,7 @@ def test_a_file_that_is_no_whole_learned_scorer_is_refused(tmp_path):
         (tensors | {"layers.1.w1": torch.zeros(1)}, good, r"at odds: \['layers\.1\.w1'\]"),
         (tensors | {"layers.0.b1": torch.zeros(11)}, good, r"layers\[0\] has shapes .*\(11,\)"),
         ({"other": torch.zeros(1)}, good, r"at odds: \['other'\]"),
-            (tensors, good | {"layers": "9" * 30}, "says that it has '9999"),
+        (tensors, good | {"layers": "9" * 30}, "says that it has '9999"),
     ]:  # fmt: skip
         save_file(changed, str(path), metadata=metadata)
         with pytest.raises(ValueError, match=match) as caught:
