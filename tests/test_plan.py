@@ -126,9 +126,9 @@ FAMILIES = {
     "llama": dict(model_type="llama"),
     "gemma3": dict(model_type="gemma3_text", sliding_window=64, head_dim=16, num_hidden_layers=6),
     "qwen3": dict(model_type="qwen3", head_dim=32),
-    "deepseek_v3": dict(model_type="deepseek_v3", kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
-                        q_lora_rank=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
-                        moe_intermediate_size=32, num_key_value_heads=4),
+    "deepseek_v3": dict(model_type="deepseek_v3", kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16,
+                        v_head_dim=16, q_lora_rank=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+                        topk_group=1, moe_intermediate_size=32, num_key_value_heads=4),
 }  # fmt: skip
 
 
