@@ -165,9 +165,11 @@ class EvictingCache(Cache):
             logger.warning("a batch of %d: padding is not seen unless you call %s", key_states.shape[0], SET_UP)
             self._warned = True
         before = self.layers[layer_idx - 1] if layer_idx > 0 else None
-        decode_step = self._static and key_states.shape[2] == 1  # which is compiled: it does not evict
-        if isinstance(before, EvictingLayer) and not decode_step:
-            before.settle()  # its attention is done: its memory is free before this layer grows
+        # Its attention is done: its memory is free before this layer grows.
+        if isinstance(before, StaticEvictingLayer):
+            before.settle_overflow()
+        elif isinstance(before, EvictingLayer):
+            before.settle()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
