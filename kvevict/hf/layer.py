@@ -413,12 +413,12 @@ class EvictingLayer(DynamicLayer):
             indices = self.policy.select(seen, keep)
             return Choice(indices, None if lengths is None else validate.kept_lengths(keep, lengths))
         assert lengths is not None
-        # The policy chooses the most that any request keeps, of each request alone where it keeps less.
+        scores = self.policy.scores(seen)
         counts = [max(min(count, held), 1) for count, held in zip(keep, lengths.tolist(), strict=True)]
         indices = torch.full((*keys.shape[:2], max(counts)), -1, dtype=torch.int64, device=keys.device)
         for count in set(counts):
             rows = torch.tensor([b for b, of_row in enumerate(counts) if of_row == count], device=keys.device)
-            indices[rows, :, :count] = self.policy.select(seen, count)[rows]
+            indices[rows, :, :count] = self.policy.choose(scores, count, lengths)[rows]
         return Choice(indices, torch.tensor(counts, device=keys.device))
 
     def apply(self, choice: Choice) -> None:
