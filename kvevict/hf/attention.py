@@ -88,13 +88,12 @@ def set_up(model: Any) -> bool:
     """Make "kvevict" the model's attention where it can be; where it cannot, say so, and have the model refuse padding
     that an EvictingCache would not see. Returns whether it is."""
     config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation == NAME:
-        return True
-    if getattr(model, "_supports_sdpa", False) or any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+    able = getattr(model, "_supports_sdpa", False) or any(name.endswith(".sinks") for name, _ in model.named_parameters())
+    if able and config._attn_implementation != NAME and model not in _guarded:
         model.set_attn_implementation(NAME)
     if config._attn_implementation == NAME:
         return True
-    if model not in _guarded:  # once
+    if model not in _guarded:
         _guarded[model] = model.register_forward_pre_hook(_refuse_padding, with_kwargs=True)
         logger.warning(
             'kvevict: %s computes attention in a way of its own, and "%s" cannot be set: policies that read queries or '

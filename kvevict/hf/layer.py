@@ -48,6 +48,7 @@ class Choice(NamedTuple):
 class Step(NamedTuple):
     """The slots that the last `update` filled, as its attention finds them."""
 
+    new: int
     first: bool  # there was nothing before them
     before: Tensor | None  # [B]: tokens that each request had, None where all had the same number
     is_token: Tensor | None  # [B, new] bool: which of them hold a token, None for all
@@ -90,7 +91,7 @@ class EvictingLayer(DynamicLayer):
         self.tail: int | Tensor = 0  # so many last tokens ([B] of them: of each request) have none missing among them
         self._entering: Tensor | None = None  # [B, T, M]: the hidden states that enter the layer's attention now
         self._unread = False  # update has returned keys that attention may still read
-        self._step = Step(True, None, None)
+        self._step = Step(0, True, None, None)
 
     # What transformers asks of a layer.
 
@@ -314,19 +315,19 @@ class EvictingLayer(DynamicLayer):
                 "attention_mask hides cached tokens or shows later ones: expected that of a causal model, because what "
                 "is cached is no longer where the mask expects it"
             )
-        return Step(first, before, None if shown.is_token is None else shown.is_token.expand(B, new))
+        return Step(new, first, before, None if shown.is_token is None else shown.is_token.expand(B, new))
 
     def _mask(self, step: Step, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
         """transformers' mask, made for another length or without our padding, put right for this layer's slots."""
-        B, new, slots = query.shape[0], query.shape[2], key.shape[2]
-        if step.first:
+        B, T, slots = query.shape[0], query.shape[2], key.shape[2]  # T < new: layers that share this one's keys may skip
+        if step.first and (mask is not None or T in (1, slots)):
             return mask
         before = step.before
         if before is None:
-            if (mask is None and new == 1) or (mask is not None and mask.shape[-1] == slots):
+            if (mask is None and T == 1) or (mask is not None and mask.shape[-1] == slots):
                 return mask
-            before = torch.full((B,), slots - new, device=query.device)
-        return masks.visible(slots, before, new, step.is_token)
+            before = torch.full((B,), slots - step.new, device=query.device)
+        return masks.visible(slots, before, step.new, step.is_token)[:, :, -T:]
 
     def _close_gaps(self, query: Tensor, is_token: Tensor) -> Tensor:
         """Padding goes behind the tokens, in the cache and in the queries, which are returned."""
