@@ -9,7 +9,6 @@ from conftest import DEVICE
 
 pytest.importorskip("transformers")
 
-import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvevict
@@ -17,6 +16,7 @@ from kvevict.hf import EvictingCache
 from kvevict.policies import (
     LRU,
     NAMED,
+    RECOMMENDED,
     TOVA,
     AttentionMass,
     Hybrid,
@@ -358,9 +358,184 @@ def test_evictions_are_logged(plain, caplog):
     assert [record.getMessage() for record in caplog.records] == ["kvevict: kept 50 of 100 tokens in layer 2"]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [Pyramid(0.3, steepness=3.0), Pyramid(0.5), Pyramid(77)], ids=str)
+def test_a_budget_that_differs_by_layer_keeps_what_it_promises(ours, keep):
+    """Over all layers, to the token: of a prompt, of each request of a padded batch, and at will."""
+    total = {n: sum(keep.per_layer(3, n)) for n in (101, 80)}
+    for at_will in (False, True):
+        cache = EvictingCache(ours.config, KeyDiff(recent=8), **(dict(budget=300) if at_will else dict(keep=keep)))
+        ours(prompt(101), past_key_values=cache)
+        if at_will:
+            cache.evict(keep)
+        assert [kept for _, kept in lengths(cache)] == list(keep.per_layer(3, 101))
+        assert sum(kept for _, kept in lengths(cache)) == total[101]
+    ids, mask = padded()
+    for at_will in (False, True):
+        cache = EvictingCache(ours.config, KeyDiff(recent=8), **(dict(budget=300) if at_will else dict(keep=keep)))
+        ours(ids, attention_mask=mask, past_key_values=cache)
+        if at_will:
+            cache.evict(keep)
+        for b, n in enumerate(BATCH):
+            told = keep.per_layer(3, n) if isinstance(keep.keep, float) or keep.keep <= n else (n,) * 3
+            assert [int(layer.lengths[b]) for layer in cache.layers] == list(told)
+
+
+@torch.no_grad()
+def test_an_error_in_evict_changes_no_layer(ours):
+    class Raises(KeyDiff):
+        def scores(self, seen):
+            if seen.layer == 2:
+                raise RuntimeError("no scores for layer 2")
+            return super().scores(seen)
+
+    cache = EvictingCache(ours.config, Raises(), budget=400)
+    ours(prompt(200), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="layer 2"):
+        cache.evict(50)
+    assert lengths(cache) == [(200, 200)] * 3
+    for static in (False, True):
+        calls = []
+
+        def on_evict(eviction, calls=calls):
+            calls.append(eviction.layer)
+            raise RuntimeError("not now")
+
+        cache = EvictingCache(ours.config, KeyDiff(), budget=400, on_evict=on_evict, static=static)
+        ours(prompt(200), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="not now"):
+            cache.evict(50)
+        assert lengths(cache) == [(200, 50)] * 3 and calls == [0]
+
+
+def test_a_scorer_of_too_few_layers_is_refused_before_anything_is_read(plain):
+    few = Learned(layers=learned().layers[:2])
+    for policy in (few, Hybrid(parts=((1.0, few), (1.0, KeyDiff())), heads="shared")):
+        with pytest.raises(ValueError, match="weights for 2 layers: expected 3"):
+            EvictingCache(plain.config, policy, keep=0.5)
+
+
+@torch.no_grad()
+def test_evicting_unlike_layers_needs_our_attention_from_then_on(ours, plain):
+    cache = EvictingCache(ours.config, KeyDiff(recent=8), budget=200)
+    ours(prompt(90), past_key_values=cache)
+    cache.evict(Pyramid(0.5))
+    cache._config = plain.config
+    with pytest.raises(ValueError, match="budgets that differ by layer"):
+        plain(prompt(3), past_key_values=cache)
+    cache = EvictingCache(plain.config, KeyDiff(recent=8), budget=200)
+    plain(prompt(90), past_key_values=cache)
+    with pytest.raises(ValueError, match=SET_UP):
+        cache.evict(Pyramid(0.5))
+    assert lengths(cache) == [(90, 90)] * 3
+
+
+def of_request(cache, b):
+    """Everything that a cache holds and notes of one request, as lists of tensors cut to its length."""
+    for layer in cache.layers:
+        n = layer.cached() if layer.lengths is None else int(layer.lengths[b])
+        notes, tracker = layer.notes, layer.notes.tracker
+        yield layer.keys[b, :, :n]
+        yield layer.values[b, :, :n]
+        yield torch.as_tensor(layer.tail).expand(len(layer.keys))[b]
+        if notes.queries is not None:
+            yield notes.queries[b, :, -min(n, 64) :]
+        if notes.hidden is not None:
+            yield notes.hidden[b, :, :n]
+        if tracker is not None:
+            yield tracker.lengths[b]
+            yield tracker.tokens_seen[b]
+            for state in (tracker.mass, tracker.last_used, tracker.positions):
+                yield state[b, :, :n]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["reorder", "select", "select by mask", "repeat"])
+@pytest.mark.parametrize("policy", [KeyDiff(recent=8), SnapKV(recent=8), AttentionMass(recent=8, grace=8), learned()],
+                         ids=lambda p: type(p).__name__)  # fmt: skip
+def test_requests_take_all_that_is_noted_of_them_along(ours, policy, how):
+    ids, mask = padded()
+    cache = EvictingCache(ours.config, policy, budget=200)
+    with cache.noting_hidden(ours):
+        ours(ids, attention_mask=mask, past_key_values=cache)
+        cache.evict(0.8)
+    before = [list(of_request(cache, b)) for b in range(3)]
+    if how == "reorder":
+        cache.reorder_cache(torch.tensor([2, 0, 0], device=DEVICE))
+    elif how == "select":
+        cache.batch_select_indices(torch.tensor([2, 1], device=DEVICE))
+    elif how == "select by mask":
+        cache.batch_select_indices(torch.tensor([True, False, True], device=DEVICE))
+    else:
+        cache.batch_repeat_interleave(2)
+    now = {"reorder": [2, 0, 0], "select": [2, 1], "select by mask": [0, 2], "repeat": [0, 0, 1, 1, 2, 2]}[how]
+    assert len(before[0]) >= 9
+    for i, b in enumerate(now):
+        for one, other in zip(before[b], of_request(cache, i), strict=True):
+            assert torch.equal(one, other)
+    cache.evict(0.5)
+    assert cache.layers[0].lengths.tolist() == [(round(BATCH[b] * 0.8) + 1) // 2 for b in now]
+
+
+def test_a_prompt_in_chunks_that_keep_does_not_cut_is_warned_of_once(ours, caplog):
+    def read(pieces, keep=0.5):
+        cache = EvictingCache(ours.config, KeyDiff(recent=8), keep=keep)
+        with torch.no_grad():
+            for piece in pieces:
+                ours(prompt(piece), past_key_values=cache)
+
+    read([100, 6])  # a question
+    read([100, 1, 1, 90])  # a later turn
+    generate(ours, prompt(100), past_key_values=EvictingCache(ours.config, KeyDiff(recent=8), keep=0.5))
+    assert not caplog.records
+    read([32, 32, 32, 4])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("kvevict: keep= cut the first forward, of 32 tokens, and keeps all of the 32")
+
+
+def test_the_model_is_all_that_is_needed():
+    """Attention is set, names are policies, and it is iterated as a DynamicCache is."""
+    model = tiny()
+    assert model.config._attn_implementation == "sdpa"
+    cache = EvictingCache(model, "recommended", keep=0.5)
+    assert model.config._attn_implementation == "kvevict"
+    expected = EvictingCache(model.config, RECOMMENDED, keep=0.5)
+    assert torch.equal(generate(model, prompt(80), past_key_values=cache),
+                       generate(model, prompt(80), past_key_values=expected))  # fmt: skip
+    for layer, (keys, values, window) in zip(expected.layers, cache, strict=True):
+        assert torch.equal(keys, layer.keys) and torch.equal(values, layer.values) and window is None
+    assert len(list(cache)) == 3 and lengths(cache) == [(91, 51)] * 3
+    for name in NAMED:
+        EvictingCache(model, name, keep=0.5)
+
+
+def test_a_config_of_fewer_layers_is_named(plain):
+    few = copy.deepcopy(plain.config)
+    few.num_hidden_layers = 2
+    with pytest.raises(ValueError, match="layer_idx is 2: expected less than 2"):
+        generate(plain, prompt(20), past_key_values=EvictingCache(few, keep=0.5))
+
+
+@pytest.mark.parametrize("policy", [KeyDiff(recent=8), AttentionMass(recent=8, grace=8), SnapKV(recent=8)],
+                         ids=lambda p: type(p).__name__)  # fmt: skip
+def test_a_cache_filled_in_inference_mode_goes_on_outside_of_it(ours, policy):
+    said = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        cache = EvictingCache(ours.config, policy, budget=60, interval=4)
+        with mode():
+            logits = ours(prompt(50), past_key_values=cache).logits
+        for step in range(20):
+            logits = ours(prompt(1, seed=step), past_key_values=cache).logits
+        cache.crop(-2)
+        cache.evict(0.5)
+        said.append(logits.detach())
+    torch.testing.assert_close(*said)
+
+
 def test_reset_and_uniform_budget(plain):
     cache = EvictingCache(plain.config, keep=Uniform(0.5))
     first = generate(plain, prompt(80), past_key_values=cache)
+    cache.reset()
     cache.reset()
     assert cache.get_seq_length() == 0 and torch.equal(generate(plain, prompt(80), past_key_values=cache), first)
 

@@ -17,7 +17,9 @@ from kvevict.hf import EvictingCache
 from kvevict.hf import attention as our_attention
 from kvevict.policies import LRU, TOVA, AttentionMass, Hybrid, KeyDiff, KeyNorm, Pyramid, Recency, SnapKV
 
-HALF = dict(head_dim=16, sliding_window=24, num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
+HALF = dict(
+    head_dim=16, sliding_window=24, num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2
+)
 MLA = dict(q_lora_rank=None, kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
            num_key_value_heads=4, first_k_dense_replace=8)  # fmt: skip
 PROMISED = {
@@ -58,9 +60,7 @@ def logits_of(model, ids, mask, cache):
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             position = mask.sum(-1, keepdim=True) - 1
             token = prompt(1, batch=len(mask), seed=step)
-            found.append(
-                model(token, attention_mask=mask, position_ids=position, past_key_values=cache).logits[:, -1]
-            )
+            found.append(model(token, attention_mask=mask, position_ids=position, past_key_values=cache).logits[:, -1])
     return torch.stack(found)
 
 
@@ -193,7 +193,9 @@ def test_layers_that_share_a_cache():
     expected = logits_of(model, ids, mask, DynamicCache(config=model.config))
     got = logits_of(ours, ids, mask, EvictingCache(ours, KeyDiff(), keep=1.0))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    together = generate(ours, ids, attention_mask=mask, past_key_values=EvictingCache(ours, KeyDiff(recent=8), keep=0.5))
+    together = generate(
+        ours, ids, attention_mask=mask, past_key_values=EvictingCache(ours, KeyDiff(recent=8), keep=0.5)
+    )
     for b, length in enumerate(BATCH):
         cache = EvictingCache(ours, KeyDiff(recent=8), keep=0.5)
         assert torch.equal(together[b, 80 - length :], generate(ours, prompt(length, seed=b), past_key_values=cache)[0])

@@ -88,7 +88,9 @@ def set_up(model: Any) -> bool:
     """Make "kvevict" the model's attention where it can be; where it cannot, say so, and have the model refuse padding
     that an EvictingCache would not see. Returns whether it is."""
     config = model.config.get_text_config(decoder=True)
-    able = getattr(model, "_supports_sdpa", False) or any(name.endswith(".sinks") for name, _ in model.named_parameters())
+    able = getattr(model, "_supports_sdpa", False) or any(
+        name.endswith(".sinks") for name, _ in model.named_parameters()
+    )
     if able and config._attn_implementation != NAME and model not in _guarded:
         model.set_attn_implementation(NAME)
     if config._attn_implementation == NAME:

@@ -319,7 +319,11 @@ class EvictingLayer(DynamicLayer):
 
     def _mask(self, step: Step, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
         """transformers' mask, made for another length or without our padding, put right for this layer's slots."""
-        B, T, slots = query.shape[0], query.shape[2], key.shape[2]  # T < new: layers that share this one's keys may skip
+        B, T, slots = (
+            query.shape[0],
+            query.shape[2],
+            key.shape[2],
+        )  # T < new: layers that share this one's keys may skip
         if step.first and (mask is not None or T in (1, slots)):
             return mask
         before = step.before

@@ -49,14 +49,16 @@ def _read(mask: Tensor, new: int) -> Shown:
     hidden = ~sees if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
     is_token = sees[:, 0, -1, -new:]
     causal = torch.ones(new, new, dtype=torch.bool, device=mask.device).tril()
-    query, key = is_token[:, None, :, None], is_token[:, None, None, :]  # what padding sees does not matter
+    query, key = is_token[:, None, :, None], is_token[:, None, None, :]
     past, block = sees[..., :-new], sees[..., -new:]
+    blind = ~block.any(-1, keepdim=True) | sees.all(-1, keepdim=True)  # as padding is; an old mask shows it everything
     as_padding = (
         (sees | hidden).all()
         & (is_token[:, 1:] | ~is_token[:, :-1]).all()  # on the left
         & ~(query & causal & (block != key)).any()
         & ~(query & ~causal & block & ~key).any()
         & ~(query & (past != past[:, :1, -1:])).any()
+        & (query | blind).all()
     )
     facts = torch.stack([as_padding, is_token.all(), past.all(), (query & ~causal & block).any()])
     as_padding, whole, past_whole, ahead = facts.tolist()
