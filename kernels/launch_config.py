@@ -186,7 +186,7 @@ def mass_config(query_rows: int, head_dim: int, element_size: int) -> AttentionC
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """One program per run of `chunk` tokens and per `block_value_dim` columns of V."""
+    """One program per run of `chunk` tokens, per `block_rows` query rows and `block_value_dim` columns of V."""
 
     block_dim: int
     block_value_dim: int
@@ -202,16 +202,20 @@ MAX_DECODE_SPLITS = 64  # the partial results of a row are merged by one program
 
 
 def decode_config(
-    rows: int, group: int, tokens: int, head_dim: int, value_dim: int, element_size: int, multiprocessors: int
+    rows: int, query_rows: int, tokens: int, head_dim: int, value_dim: int, element_size: int, multiprocessors: int
 ) -> DecodeConfig:
+    """query_rows: W queries of G heads, for each (batch, KV head)."""
     block_dim = head_chunk(head_dim, element_size)
     # A wider V is cut into columns for several programs, which share K through L2: no accumulator spills.
     block_value_dim = min(max(next_power_of_2(value_dim), 16), 256)
-    block_rows = max(next_power_of_2(group), 16)  # tl.dot's least; the group's queries fill the first rows
+    # 64 rows of 128 sums over 128 threads: 64 registers of them each; float32 operands want registers as well. At
+    # least 16, tl.dot's least; one size for a decode step, one for everything longer.
+    most_rows = 64 if element_size < 4 and max(block_value_dim, block_dim) <= 128 else 32 if element_size < 4 else 16
+    block_rows = 16 if query_rows <= 16 else most_rows
     # K and V tiles of 16 KiB each in 16 bits: three stages of both fit beside each other.
     block_tokens = max(16, min(64, 16 * 1024 // (max(block_dim, block_value_dim) * max(element_size, 2))))
     # Two programs on every multiprocessor; under 256 tokens a program's start costs more than its loads.
-    wanted = cdiv(2 * multiprocessors, rows * cdiv(value_dim, block_value_dim))
+    wanted = cdiv(2 * multiprocessors, rows * cdiv(query_rows, block_rows) * cdiv(value_dim, block_value_dim))
     splits = max(1, min(wanted, tokens // 256, MAX_DECODE_SPLITS))
     chunk = cdiv(cdiv(tokens, splits), block_tokens) * block_tokens
     num_stages = pipeline_stages(head_dim, block_dim)

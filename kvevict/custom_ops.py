@@ -189,17 +189,32 @@ def _attention_mass_op(queries, keys, lse, scale, causal, reduce, count, lengths
 
 @_custom_op(
     "decode_attention(Tensor queries, Tensor keys, Tensor values, float scale, Tensor? lengths, Tensor(a!)? mass, "
-    "float decay, Tensor(b!)? last_used, SymInt step, float threshold, Tensor(c!) out, Tensor? table=None) -> ()"
+    "float decay, Tensor(b!)? last_used, SymInt step, float threshold, Tensor(c!) out, Tensor? table=None, "
+    "Tensor? given_lse=None, Tensor(d!)? out_lse=None) -> ()"
 )
 def _decode_attention_op(
-    queries, keys, values, scale, lengths, mass, decay, last_used, step, threshold, out, table=None
+    queries, keys, values, scale, lengths, mass, decay, last_used, step, threshold, out, table=None,
+    given_lse=None, out_lse=None,
 ):  # fmt: skip
     for name, tracked in (("mass", mass), ("last_used", last_used)):
         if tracked is not None:
             validate.no_internal_overlap(name, tracked)
     _check_lengths(lengths, keys, table)
-    arguments = (queries, keys, values, scale, lengths, mass, decay, last_used, step, threshold, out, table)
-    _run("decode_attention", keys.device, *arguments)
+    tracking = (mass, decay, last_used, step, threshold)
+    _run(
+        "decode_attention",
+        keys.device,
+        queries,
+        keys,
+        values,
+        scale,
+        lengths,
+        *tracking,
+        out,
+        table,
+        given_lse,
+        out_lse,
+    )
 
 
 @_custom_op("pool_scores(Tensor scores, SymInt kernel_size, bool average, Tensor(a!) out) -> ()")

@@ -154,24 +154,32 @@ def decode_attention(
     last_used: Tensor | None = None,
     step: int | None = None,
     threshold: float = 1e-3,
-) -> Tensor:
-    """Attention of one new query per head over the cache, which also notes how much each cached token was used.
+    lse: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the last W queries over the cache, which also notes how much each cached token was used.
 
-    Let w be this step's attention weights, averaged over the GQA group. Of the first `lengths` tokens of a request:
+    W = 1 is a decode step; more are a chunk after an eviction, or speculated tokens, causal among themselves. Let w be
+    a query's attention weights, averaged over the GQA group. Of the first `lengths` tokens of a request:
 
     Args:
-        queries: [B, Hq, 1, D].
-        keys, values: [B, H, S, D], [B, H, S, Dv], the new token's among them.
+        queries: [B, Hq, W, D]. Query w is that of token max(length - W, 0) + w, and sees no later one.
+        keys, values: [B, H, S, D], [B, H, S, Dv], the new tokens' among them.
         scale: of the logits; None is 1/√D.
         lengths: [B] or [B, H], see the module.
-        mass: [B, H, S] float32, updated in place to decay · mass + w (H2O's accumulated score).
+        mass: [B, H, S] float32, updated in place to decay · mass + Σ w over the queries (H2O's accumulated score).
         decay: in [0, 1]; 1 never forgets.
-        last_used: [B, H, S] int32, set in place to `step` where w ≥ threshold (least recently used).
+        last_used: [B, H, S] int32, set in place to `step` where a query has w ≥ threshold (least recently used).
         step: this step's number, required with `last_used`.
         threshold: share of the attention that counts as use.
+        lse: [B, Hq, W] float32, contiguous rows: log-sum-exps to weigh by, where the cache holds a part of what the
+            queries see; the outputs of the parts then add up.
+        return_lse: give the log-sum-exps as well.
 
     Returns:
-        [B, Hq, 1, Dv] in the queries' dtype (bfloat16 for float8 queries), as scaled_dot_product_attention gives it.
+        [B, Hq, W, Dv] in the queries' dtype (bfloat16 for float8 queries), as scaled_dot_product_attention gives it; or
+        (that, LSE [B, Hq, W] float32, natural logarithm). 0 and -inf for queries beyond a request's last token, and
+        where a head has no token.
 
     Raises:
         TypeError, ValueError: see the module; `mass` or `last_used` whose elements share memory.
@@ -188,7 +196,7 @@ def decode_attention(
     decay, threshold = validate.number("decay", decay), validate.number("threshold", threshold)
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay is {decay}: expected a number from 0 to 1")
-    return _decode(cache, queries, scale, mass, decay, last_used, step, threshold)
+    return _decode(cache, queries, scale, lse, return_lse, mass, decay, last_used, step, threshold)
 
 
 def mlp_scores(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -494,10 +502,15 @@ def _check_mass(queries: Tensor, lse: Tensor | None, reduce: str, normalize: str
                 "normalize is 'count': expected None, because reduce is 'max', which has nothing to divide"
             )
     if lse is not None:
-        validate.tensor("lse", lse, 3, (torch.float32,), queries)
-        validate.contiguous_rows("lse", lse)
-        if lse.shape != queries.shape[:3]:
-            raise ValueError(f"lse has shape {tuple(lse.shape)}: expected {tuple(queries.shape[:3])}, one per query")
+        _check_lse(lse, queries)
+
+
+def _check_lse(lse: Tensor, queries: Tensor) -> Tensor:
+    validate.tensor("lse", lse, 3, (torch.float32,), queries)
+    validate.contiguous_rows("lse", lse)
+    if lse.shape != queries.shape[:3]:
+        raise ValueError(f"lse has shape {tuple(lse.shape)}: expected {tuple(queries.shape[:3])}, one per query")
+    return lse
 
 
 def _check_pool(name: str, value: int) -> None:
@@ -560,16 +573,22 @@ def _mass(cache: _Cache, queries, scale, lse, causal: bool, reduce: str, normali
     return out
 
 
-def _decode(cache: _Cache, queries, scale, mass=None, decay=1.0, last_used=None, step=0, threshold=0.0) -> Tensor:
-    queries = validate.queries(queries, cache.shape, cache.keys, W=1)
+def _decode(
+    cache: _Cache, queries, scale, lse, return_lse, mass=None, decay=1.0, last_used=None, step=0, threshold=0.0
+) -> Tensor | tuple[Tensor, Tensor]:
+    queries = validate.queries(queries, cache.shape, cache.keys)
     scale = validate.softmax_scale(scale, queries.shape[3])
+    validate.flag("return_lse", return_lse)
+    if lse is not None:
+        lse = _check_lse(lse, queries).contiguous()
     dtype = torch.bfloat16 if queries.dtype.itemsize == 1 else queries.dtype
     out = torch.empty((*queries.shape[:3], cache.values.shape[3]), dtype=dtype, device=queries.device)
+    found = torch.empty(queries.shape[:3], dtype=torch.float32, device=queries.device) if return_lse else None
     torch.ops.kvevict.decode_attention(
         queries, cache.keys, cache.values, scale, cache.lengths, mass, decay, last_used, step, threshold, out,
-        cache.table,
+        cache.table, lse, found,
     )  # fmt: skip
-    return out
+    return out if found is None else (out, found)
 
 
 def _pool(scores: Tensor, kernel_size: int, mode: str) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: keys [B, H, S, D], values [B, H, S, Dv], queries [B, Hq, W, D], scores [
 keeps), or None.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -30,10 +31,9 @@ __all__ = [
 
 
 def _inside(S: int, lengths: Tensor | None, device: torch.device) -> Tensor:
-    """[B, 1, S] (or [1, 1, S]) bool: which positions hold a token."""
-    positions = torch.arange(S, device=device)
+    """[1, 1, S], [B, 1, S] or [B, H, S] bool: which positions hold a token."""
     ends = torch.tensor([S], device=device) if lengths is None else lengths
-    return positions < ends[:, None, None]
+    return torch.arange(S, device=device) < ends.view(len(ends), -1, 1)
 
 
 def _dense(rows: Tensor, table: Tensor | None) -> Tensor:
@@ -93,27 +93,27 @@ _LOGITS_AT_ONCE = 2**24  # 64 MiB of float32: the whole W × S never exists
 def _visible_logits(
     queries: Tensor, keys: Tensor, scale: float, causal: bool, lengths: Tensor | None
 ) -> Iterator[tuple[int, int, slice, Tensor]]:
-    """Request b, KV head h, a run of its queries, and their logits [G, run, length], -inf where a key is not seen.
+    """Request b, KV head h, a run of its queries, and their logits [G, run, length], -inf where a key is not seen; none
+    of a head without tokens.
 
     Query w of a request is its token max(length - W, 0) + w; queries beyond its last token do not appear.
     """
     B, HQ, W, _ = queries.shape
     H, S = keys.shape[1:3]
     G = HQ // H
-    for b in range(B):
-        length = S if lengths is None else int(lengths[b])
+    for b, h in itertools.product(range(B), range(H)):
+        length = S if lengths is None else int(lengths[b] if lengths.ndim == 1 else lengths[b, h])
         offset, valid = max(length - W, 0), min(length, W)
-        run = max(_LOGITS_AT_ONCE // (G * length), 1)
-        for h in range(H):
-            key = keys[b, h, :length].float()
-            for begin in range(0, valid, run):
-                end = min(begin + run, valid)
-                logits = scale * (queries[b, h * G : h * G + G, begin:end].float() @ key.T)
-                if causal:
-                    positions = offset + torch.arange(begin, end, device=keys.device)
-                    later = torch.arange(length, device=keys.device) > positions[:, None]
-                    logits = logits.masked_fill(later, float("-inf"))
-                yield b, h, slice(begin, end), logits
+        run = max(_LOGITS_AT_ONCE // (G * max(length, 1)), 1)
+        key = keys[b, h, :length].float()
+        for begin in range(0, valid, run):
+            end = min(begin + run, valid)
+            logits = scale * (queries[b, h * G : h * G + G, begin:end].float() @ key.T)
+            if causal:
+                positions = offset + torch.arange(begin, end, device=keys.device)
+                later = torch.arange(length, device=keys.device) > positions[:, None]
+                logits = logits.masked_fill(later, float("-inf"))
+            yield b, h, slice(begin, end), logits
 
 
 def attention_lse(
@@ -158,8 +158,8 @@ def attention_mass(
             row.copy_(torch.maximum(row, weights.amax((0, 1))))
         else:
             row.add_((weights.square() if reduce == "square" else weights).sum((0, 1)))
-    length = torch.full((B, 1, 1), S, device=keys.device) if lengths is None else lengths[:, None, None]
-    valid = length.clamp(max=W)
+    length = torch.full((B, 1, 1), S, device=keys.device) if lengths is None else lengths.view(B, -1, 1)
+    valid = length.clamp(1, W)  # a head without tokens has no mass to divide
     seen_by = (length - torch.arange(S, device=keys.device)).clamp(min=1).minimum(valid) if causal else valid
     if reduce == "mean":
         out.div_((seen_by if count else valid) * G)
@@ -181,20 +181,32 @@ def decode_attention(
     threshold: float,
     out: Tensor,
     table: Tensor | None = None,
+    given_lse: Tensor | None = None,
+    out_lse: Tensor | None = None,
 ) -> None:
-    """softmax(scale · q·K) · V for one query per head. With w the weights' mean over the group:
-    mass ← decay · mass + w, and last_used ← step where w reaches the threshold."""
+    """softmax(scale · q·K) · V for the last W queries of every head, causal among themselves, and their log-sum-exps.
+    Weights are exp(logit - lse), with given_lse where there is one. With w their mean over the group:
+    mass ← decay · mass + Σ w over the queries, and last_used ← step where a query's w reaches the threshold."""
     keys, values = _dense(keys, table), _dense(values, table)
     G = queries.shape[1] // keys.shape[1]
-    for b, h, _, logits in _visible_logits(queries, keys, scale, False, lengths):
-        weights = logits[:, 0].softmax(-1)
-        length = weights.shape[-1]
-        out[b, h * G : h * G + G, 0] = (weights @ values[b, h, :length].float()).to(out.dtype)
+    lse = torch.full(queries.shape[:3], float("-inf"), device=queries.device)
+    drawn, most = (torch.zeros(keys.shape[:3], device=queries.device) for _ in range(2))
+    out.zero_()
+    for b, h, run, logits in _visible_logits(queries, keys, scale, True, lengths):
+        group, length = slice(h * G, h * G + G), logits.shape[-1]
+        lse[b, group, run] = logits.logsumexp(-1) if given_lse is None else given_lse[b, group, run]
+        weights = (logits - lse[b, group, run, None]).exp()
+        out[b, group, run] = (weights @ values[b, h, :length].float()).to(out.dtype)
         weight = weights.mean(0)
-        if mass is not None:
-            mass[b, h, :length].mul_(decay).add_(weight)
-        if last_used is not None:
-            last_used[b, h, :length].masked_fill_(weight >= threshold, step)
+        drawn[b, h, :length] += weight.sum(0)
+        most[b, h, :length] = torch.maximum(most[b, h, :length], weight.amax(0))
+    inside = _inside(keys.shape[2], lengths, keys.device)
+    if out_lse is not None:
+        out_lse.copy_(lse)
+    if mass is not None:
+        mass.copy_(torch.where(inside, mass * decay + drawn, mass))
+    if last_used is not None:
+        last_used.masked_fill_(inside & (most >= threshold), step)
 
 
 def pool_scores(scores: Tensor, kernel_size: int, average: bool, out: Tensor) -> None:

@@ -127,21 +127,23 @@ def paged_decode_attention(
     lengths: Tensor,
     *,
     scale: float | None = None,
-) -> Tensor:
-    """`kvevict.ops.decode_attention` on a paged cache: one query per request and head, which sees all of its tokens.
+    lse: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`kvevict.ops.decode_attention` on a paged cache: the last W queries of each request.
 
     Args:
-        queries: [B, Hq, 1, D].
+        queries: [B, Hq, W, D].
         key_cache, value_cache, block_tables, lengths: see the module.
-        scale: of the logits; None is 1/√D.
+        scale, lse, return_lse: as there.
 
     Returns:
-        [B, Hq, 1, Dv], dtype of queries (bfloat16 for float8).
+        [B, Hq, W, Dv], dtype of queries (bfloat16 for float8); or (that, LSE [B, Hq, W] float32).
 
     Raises:
         TypeError, ValueError: as there.
     """
-    return ops._decode(_paged(key_cache, block_tables, lengths, value_cache), queries, scale)
+    return ops._decode(_paged(key_cache, block_tables, lengths, value_cache), queries, scale, lse, return_lse)
 
 
 def paged_compact(
