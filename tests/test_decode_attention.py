@@ -264,3 +264,22 @@ def test_cuda_graph():
     mass.zero_(), out.zero_()
     graph.replay()
     assert torch.equal(out, expected) and torch.equal(mass, once)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_mass_and_last_used_may_lie_differently(backend):
+    """A mass that is a slice of a larger buffer, beside a last_used that is not, and the other way round."""
+    keys, values = cache((2, 2, 20, 16, 16))
+    q = query((2, 2, 20, 16, 16), 2, torch.float32)
+    results = []
+    for wide_mass, wide_used in ((False, False), (True, False), (False, True)):
+        mass = torch.zeros(2, 2, 50 if wide_mass else 20, device=DEVICE)
+        used = torch.full((2, 2, 70 if wide_used else 20), -1, dtype=torch.int32, device=DEVICE)
+        with kvevict.backend(backend):
+            kvevict.decode_attention(
+                q, keys, values, mass=mass[..., :20], last_used=used[..., :20], step=7, threshold=0.05
+            )
+        assert (mass[..., 20:] == 0).all() and (used[..., 20:] == -1).all()
+        results.append((mass[..., :20], used[..., :20]))
+    assert (results[0][1] == 7).any() and (results[0][1] == -1).any()
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))

@@ -56,6 +56,7 @@ BAD = {
     "keys grad": dict(keys=torch.randn(1, 2, 10, 16, requires_grad=True)),
     "keys strides": dict(keys=NOT_CONTIGUOUS.expand(1, 2, 16, 10), values=torch.randn(1, 2, 16, 10)),
     "keys expanded": dict(keys=torch.randn(1, 1, 10, 16).expand(1, 2, 10, 16)),
+    "values expanded": dict(values=torch.randn(1, 1, 10, 16).expand(1, 2, 10, 16)),
     "values shape": dict(values=torch.randn(1, 2, 9, 16)),
     "values dtype": dict(values=torch.randn(1, 2, 10, 16).half()),
     "values device": dict(values=torch.empty(1, 2, 10, 16, device="meta")),
@@ -90,8 +91,8 @@ def test_bad_input_is_named_and_nothing_is_written(case, backend):
         move = {k: v.to(DEVICE) for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.device.type == "cpu"}
         if case == "keys grad":
             move["keys"] = move["keys"].detach().requires_grad_()
-        if case == "keys expanded":
-            move["keys"] = torch.randn(1, 1, 10, 16, device=DEVICE).expand(1, 2, 10, 16)
+        if case in ("keys expanded", "values expanded"):
+            move[case.split()[0]] = torch.randn(1, 1, 10, 16, device=DEVICE).expand(1, 2, 10, 16)
         arguments |= move
     writable = [t for t in (arguments["keys"], arguments["values"]) if isinstance(t, torch.Tensor) and not t.is_meta]
     before = [t.detach().clone() for t in writable]

@@ -48,6 +48,13 @@ def test_keep_rounds_half_up(S, keep, n):
     assert kvevict.topk_indices(torch.randn(1, 1, S, device=DEVICE), keep).shape == (1, 1, n)
 
 
+def test_a_share_of_a_short_request_is_a_token_at_least():
+    scores = torch.arange(40.0, device=DEVICE).expand(3, 1, 40).contiguous()
+    lengths = torch.tensor([40, 1, 4], device=DEVICE)  # a tenth: 4, 0.1 and 0.4 of a token
+    for indices in both(lambda: kvevict.topk_indices(scores, 0.1, lengths=lengths)):
+        assert indices[:, 0].tolist() == [[36, 37, 38, 39], [0, -1, -1, -1], [3, -1, -1, -1]]
+
+
 @pytest.mark.parametrize("S", [8193, 20000])
 @pytest.mark.parametrize("values", ["random", "few", "one"])
 def test_rows_split_over_programs(S, values):
