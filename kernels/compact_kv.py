@@ -3,9 +3,9 @@
     fill_holes_kernel   [B, H, n] int64: for the fewest moves, which token ends up in which slot
     move_rows_kernel    slot j of every head gets the row of token slots[j]
 
-Shapes: keys [B, H, S, D], values [B, H, S, Dv], any strides with a contiguous last dimension, or paged [blocks, H,
-block_size, D] under a block table; slots [B, H, n] int64, -1 for padding. Rows move as they are, byte for byte; a row
-already in its slot does not move. Paged rows may move to a request's end instead: slots are then counted back from it.
+Shapes: keys [B, H, S, D], values [B, H, S, Dv], dense or paged (rows.py); slots [B, H, n] int64, -1 for padding. Rows
+move as they are, byte for byte; a row already in its slot does not move. Paged rows may move to a request's end
+instead: slots are then counted back from it.
 Bytes per row of n slots, m of them moved: (D + Dv)·e·2m, and 8·n to 24·n of indices.
 
 In place, order kept. Slot j never lies after its source, but the slots that a program writes are the sources of
@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 
 from .launch_config import cdiv, move_config
-from .primitives import PAGING, count_below, paging, token_pointers
+from .primitives import count_below
+from .rows import load_rows, per_row, row_length, rows_at, rows_of
 
 _LENGTH_DEPENDENT = ["n", "H", "rows", "blocks", "slots_stride_b", "slots_stride_h"]
 _AFTER_ALL = tl.constexpr(0x7FFFFFFFFFFFFFFF)
@@ -56,13 +57,16 @@ def fill_holes_kernel(
     tl.store(slots_ptr + row * n + slots, source, mask=slots < n)
 
 
-@triton.jit(do_not_specialize=_LENGTH_DEPENDENT + PAGING)
+@triton.jit
+def _store_rows(rows, b, h, tokens, data, writes, columns):
+    mask = writes[:, None] & (columns < rows.width)[None, :]
+    tl.store(rows_at(rows, b, h, tokens, writes)[:, None] + columns[None, :], data, mask=mask)
+
+
+@triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def move_rows_kernel(
-    keys_ptr, values_ptr, new_keys_ptr, new_values_ptr, slots_ptr, table_ptr, ends_ptr, flags_ptr, n, H, rows, blocks,
-    slots_stride_b, slots_stride_h, table_stride, block_size,
-    key_stride_b, key_stride_h, key_stride_s, value_stride_b, value_stride_h, value_stride_s,
-    new_key_stride_b, new_key_stride_h, new_key_stride_s, new_value_stride_b, new_value_stride_h, new_value_stride_s,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
+    keys, values, new_keys, new_values, slots_ptr, ends, flags_ptr, n, H, rows, blocks, slots_stride_b, slots_stride_h,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
     IN_PLACE: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     if IN_PLACE and ORDERED:
@@ -82,23 +86,14 @@ def move_rows_kernel(
     else:
         writes = slots < n  # padding is written as zeros: new memory holds nothing worth keeping
     columns, value_columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    inside, value_inside = (columns < D)[None, :], (value_columns < DV)[None, :]
 
-    if ends_ptr is None:
+    if ends is None:
         tokens, new_tokens = sources, slots
     else:  # slots are counted from the request's end: the same order of moves, mirrored
-        end = tl.load(ends_ptr + b).to(tl.int64) - 1
+        end = row_length(ends, b, h, 0) - 1
         tokens, new_tokens = end - sources, end - slots
-    pointers = token_pointers(
-        keys_ptr, table_ptr, table_stride, block_size, b, h, tokens, moves,
-        key_stride_b, key_stride_h, key_stride_s, columns,
-    )  # fmt: skip
-    key = tl.load(pointers, mask=moves[:, None] & inside, other=0)
-    pointers = token_pointers(
-        values_ptr, table_ptr, table_stride, block_size, b, h, tokens, moves,
-        value_stride_b, value_stride_h, value_stride_s, value_columns,
-    )  # fmt: skip
-    value = tl.load(pointers, mask=moves[:, None] & value_inside, other=0)
+    key = load_rows(keys, rows_at(keys, b, h, tokens, moves), moves, columns)
+    value = load_rows(values, rows_at(values, b, h, tokens, moves), moves, value_columns)
 
     if IN_PLACE and ORDERED:
         row_flags_ptr = flags_ptr + 1 + row * blocks
@@ -111,16 +106,8 @@ def move_rows_kernel(
             while has_read == 0:
                 has_read = tl.atomic_add(row_flags_ptr + other, 0, sem="acquire")
 
-    pointers = token_pointers(
-        new_keys_ptr, table_ptr, table_stride, block_size, b, h, new_tokens, writes,
-        new_key_stride_b, new_key_stride_h, new_key_stride_s, columns,
-    )  # fmt: skip
-    tl.store(pointers, key, mask=writes[:, None] & inside)
-    pointers = token_pointers(
-        new_values_ptr, table_ptr, table_stride, block_size, b, h, new_tokens, writes,
-        new_value_stride_b, new_value_stride_h, new_value_stride_s, value_columns,
-    )  # fmt: skip
-    tl.store(pointers, value, mask=writes[:, None] & value_inside)
+    _store_rows(new_keys, b, h, new_tokens, key, writes, columns)
+    _store_rows(new_values, b, h, new_tokens, value, writes, value_columns)
 
 
 def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
@@ -129,18 +116,17 @@ def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _launch_move(keys, values, slots, new_keys, new_values, in_place: bool, ordered: bool, table=None, ends=None):
-    keys, values, new_keys, new_values = map(_as_bytes, (keys, values, new_keys, new_values))
     (B, H, n), D, DV = slots.shape, keys.shape[3], values.shape[3]
     config = move_config(D, DV, keys.element_size())
     blocks = cdiv(n, config.block_rows)
     flags = None
     if in_place and ordered:  # the ticket, then one flag per block
         flags = torch.zeros(1 + B * H * blocks, dtype=torch.int32, device=keys.device)
+    old = (rows_of(_as_bytes(keys), table), rows_of(_as_bytes(values), table))
+    new = old if in_place else (rows_of(_as_bytes(new_keys)), rows_of(_as_bytes(new_values)))
     move_rows_kernel[(B * H * blocks,)](
-        keys, values, new_keys, new_values, slots, table, ends, flags, n, H, B * H, blocks, *slots.stride()[:2],
-        *paging(keys, table),
-        *keys.stride()[:3], *values.stride()[:3], *new_keys.stride()[:3], *new_values.stride()[:3],
-        D=D, DV=DV, BLOCK_D=config.block_dim, BLOCK_DV=config.block_value_dim, BLOCK_R=config.block_rows,
+        *old, *new, slots, per_row(ends), flags, n, H, B * H, blocks, *slots.stride()[:2],
+        BLOCK_D=config.block_dim, BLOCK_DV=config.block_value_dim, BLOCK_R=config.block_rows,
         IN_PLACE=in_place, ORDERED=ordered, num_warps=config.num_warps,
     )  # fmt: skip
 

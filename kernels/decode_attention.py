@@ -6,10 +6,9 @@
     track_kernel         mass ← decay · mass + mean weight over the GQA group; last_used ← step where that mean
                          reaches the threshold
 
-Shapes: queries [B, Hq, 1, D], keys [B, H, S, D], values [B, H, S, Dv], any strides with a contiguous last dimension,
-or paged [blocks, H, block_size, D] under a block table;
-mass [B, H, S] float32 and last_used [B, H, S] int32, rows contiguous. The G = Hq/H queries of a KV head are one tile,
-padded to 16 rows, so K and V are read once.
+Shapes: queries [B, Hq, 1, D], keys [B, H, S, D], values [B, H, S, Dv], dense or paged (rows.py); mass [B, H, S] float32
+and last_used [B, H, S] int32, rows contiguous. The G = Hq/H queries of a KV head are one tile, padded to 16 rows, so K
+and V are read once.
 Bytes per (batch, KV head): (D + Dv)·S·e; to track, 4·G·S of logits written and read (in L2), 8·S of mass, 4·S of
 last_used where written. Beside that, splits · G · (Dv + 2) floats of partial results.
 Launch: runs × (batch, KV head), then 1 program per (batch, KV head), then one per 1,024 tokens if anything is tracked.
@@ -20,38 +19,34 @@ import triton
 import triton.language as tl
 
 from .launch_config import cdiv, decode_config, multiprocessors
-from .primitives import PAGING, cache_shape, dot_type, paging, plain_bytes, row_length, row_pointers, token_pointers
-from .score_attention import _LOG2_E, load_tile, product
+from .primitives import dot_type, row_pointers
+from .rows import cache_shape, per_row, row_length, rows_at, rows_of
+from .score_attention import _LOG2_E, group_rows_at, load_tile, product
 
-_LENGTH_DEPENDENT = ["S", "H", "splits", "chunk", *PAGING]
+_LENGTH_DEPENDENT = ["S", "H", "splits", "chunk"]
 _MASS_STRIDES = ["mass_stride_b", "mass_stride_h", "used_stride_b", "used_stride_h"]
 
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def decode_run_kernel(
-    queries_ptr, keys_ptr, values_ptr, table_ptr, lengths_ptr, logits_ptr, sums_ptr, best_ptr, total_ptr,
-    scale, S, H, splits, chunk, table_stride, block_size,
-    query_stride_b, query_stride_h, key_stride_b, key_stride_h, key_stride_s,
-    value_stride_b, value_stride_h, value_stride_s,
-    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, COMPUTE: tl.constexpr, DECODE_Q: tl.constexpr, DECODE_K: tl.constexpr,
+    queries, keys, values, lengths, logits_ptr, sums_ptr, best_ptr, total_ptr, scale, S, H, splits, chunk,
+    G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    VALUE_BLOCKS: tl.constexpr = (DV + BLOCK_DV - 1) // BLOCK_DV
+    VALUE_BLOCKS: tl.constexpr = (values.width + BLOCK_DV - 1) // BLOCK_DV
     value_block = tl.program_id(0) % VALUE_BLOCKS
     split = tl.program_id(0) // VALUE_BLOCKS % splits
     row = (tl.program_id(0) // VALUE_BLOCKS // splits).to(tl.int64)
     b, h = row // H, row % H
     begin = split * chunk
-    end = tl.minimum(begin + chunk, row_length(lengths_ptr, b, S))
+    end = tl.minimum(begin + chunk, row_length(lengths, b, h, S))
     heads = tl.arange(0, BLOCK_R)
     columns = tl.arange(0, BLOCK_D)
     value_columns = value_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
 
-    in_group = (heads < G)[:, None]
-    query_pointers = row_pointers(
-        queries_ptr + b * query_stride_b + h * G * query_stride_h, heads, query_stride_h, columns
-    )
-    query = load_tile(query_pointers, in_group & (columns < D)[None, :], COMPUTE, DECODE_Q)
+    in_group = heads < G
+    query_pointers = group_rows_at(queries, b, h, heads, in_group, G)
+    query = load_tile(queries, query_pointers, in_group, columns, COMPUTE)
 
     best = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
@@ -59,36 +54,34 @@ def decode_run_kernel(
     for start in range(begin, end, BLOCK_S):
         tokens = start + tl.arange(0, BLOCK_S)
         inside = tokens < end
-        key_pointers = token_pointers(
-            keys_ptr, table_ptr, table_stride, block_size, b, h, tokens, inside,
-            key_stride_b, key_stride_h, key_stride_s, columns,
-        )  # fmt: skip
         logits = scale * product(
-            query, query_pointers, in_group, key_pointers, inside[:, None],
-            D, BLOCK_D, COMPUTE, DECODE_Q, DECODE_K,
-        )  # fmt: skip
+            query,
+            queries,
+            query_pointers,
+            in_group,
+            keys,
+            rows_at(keys, b, h, tokens, inside),
+            inside,
+            BLOCK_D,
+            COMPUTE,
+        )
         if logits_ptr is not None:
             pointers = row_pointers(logits_ptr + row * G * S, heads, S, tokens)
-            tl.store(pointers, logits, mask=in_group & inside[None, :] & (value_block == 0))
+            tl.store(pointers, logits, mask=in_group[:, None] & inside[None, :] & (value_block == 0))
         logits = tl.where(inside[None, :], logits, float("-inf"))
         best_after = tl.maximum(best, tl.max(logits, 1))
         weights = tl.exp2(logits - best_after[:, None])
         shrink = tl.exp2(best - best_after)
         total = total * shrink + tl.sum(weights, 1)
-        value_mask = inside[:, None] & (value_columns < DV)[None, :]
-        value_pointers = token_pointers(
-            values_ptr, table_ptr, table_stride, block_size, b, h, tokens, inside,
-            value_stride_b, value_stride_h, value_stride_s, value_columns,
-        )  # fmt: skip
-        value = load_tile(value_pointers, value_mask, COMPUTE, DECODE_K)
+        value = load_tile(values, rows_at(values, b, h, tokens, inside), inside, value_columns, COMPUTE)
         sums = tl.dot(weights.to(COMPUTE), value, sums * shrink[:, None], input_precision="ieee")
         best = best_after
 
     part = (row * splits + split) * G + heads
-    tl.store(best_ptr + part, best, mask=(heads < G) & (value_block == 0))
-    tl.store(total_ptr + part, total, mask=(heads < G) & (value_block == 0))
-    pointers = row_pointers(sums_ptr, part, DV, value_columns)
-    tl.store(pointers, sums, mask=in_group & (value_columns < DV)[None, :])
+    tl.store(best_ptr + part, best, mask=in_group & (value_block == 0))
+    tl.store(total_ptr + part, total, mask=in_group & (value_block == 0))
+    pointers = row_pointers(sums_ptr, part, values.width, value_columns)
+    tl.store(pointers, sums, mask=in_group[:, None] & (value_columns < values.width)[None, :])
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -116,13 +109,13 @@ def merge_decode_kernel(
 
 @triton.jit(do_not_specialize=["S", "H", "blocks", "step", *_MASS_STRIDES])
 def track_kernel(
-    logits_ptr, lse_ptr, lengths_ptr, mass_ptr, last_used_ptr, decay, threshold, step, S, H, blocks,
+    logits_ptr, lse_ptr, lengths, mass_ptr, last_used_ptr, decay, threshold, step, S, H, blocks,
     mass_stride_b, mass_stride_h, used_stride_b, used_stride_h, G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // blocks).to(tl.int64)
     b, h = row // H, row % H
     tokens = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = tokens < row_length(lengths_ptr, b, S)
+    inside = tokens < row_length(lengths, b, h, S)
     weight = tl.zeros([BLOCK], tl.float32)
     for g in range(0, G):
         logits = tl.load(logits_ptr + (row * G + g) * S + tokens, mask=inside, other=0.0)
@@ -163,16 +156,13 @@ def decode_attention(
     sums = workspace(rows, config.splits, G, DV)
     best, total = workspace(2, rows, config.splits, G)
     lse = workspace(B, HQ)
-    strides = (*paging(keys, table), *queries.stride()[:2], *keys.stride()[:3], *values.stride()[:3])
-    compute = dot_type(queries)
-    (queries, decode_q), (keys, decode_k) = plain_bytes(queries), plain_bytes(keys)
-    values, _ = plain_bytes(values)
+    lengths = per_row(lengths)
     decode_run_kernel[(rows * config.splits * cdiv(DV, config.block_value_dim),)](
-        queries, keys, values, table, lengths, logits, sums, best, total,
-        scale * _LOG2_E.value, S, H, config.splits, config.chunk, *strides,
-        G=G, D=D, DV=DV, BLOCK_D=config.block_dim, BLOCK_DV=config.block_value_dim, BLOCK_R=config.block_rows,
-        BLOCK_S=config.block_tokens, COMPUTE=compute, DECODE_Q=decode_q, DECODE_K=decode_k, num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        rows_of(queries), rows_of(keys, table), rows_of(values, table), lengths, logits, sums, best, total,
+        scale * _LOG2_E.value, S, H, config.splits, config.chunk,
+        G=G, BLOCK_D=config.block_dim, BLOCK_DV=config.block_value_dim, BLOCK_R=config.block_rows,
+        BLOCK_S=config.block_tokens, COMPUTE=dot_type(queries),
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     merge_decode_kernel[(B * HQ,)](
         sums, best, total, out, lse, config.splits, G=G, DV=DV, BLOCK_DV=triton.next_power_of_2(DV),

@@ -5,10 +5,9 @@
     attention_mass_kernel   [B, H, S]: each program holds a block of keys, recomputes its logits against all queries
                             that see it, exponentiates them against the LSE and adds them up
 
-Shapes: queries [B, Hq, W, D], the last W of the sequence; keys [B, H, S, D], or paged [blocks, H, block_size, D] under
-a block table; any strides with a contiguous last dimension. The G = Hq/H query heads of a KV head are one matrix of W·G
-rows, queries slowest, so a tile of K is read once for the group, a single query still makes a tile (padded to 16 rows),
-and the causal limit rises along the rows.
+Shapes: queries [B, Hq, W, D], the last W of the sequence; keys [B, H, S, D], dense or paged (rows.py). The G = Hq/H
+query heads of a KV head are one matrix of W·G rows, queries slowest, so a tile of K is read once for the group, a
+single query still makes a tile (padded to 16 rows), and the causal limit rises along the rows.
 Of a request of `length` tokens, query w belongs to token max(length - W, 0) + w; rows beyond its last are padding.
 Bytes per (batch, KV head): K once for the LSE (whole prompt: its blocks again, from L2, for every block of queries)
 and once for the mass; Q once and then again from L2 for every block of keys; 4·S of mass. Operations: 2·D per
@@ -22,54 +21,50 @@ import triton
 import triton.language as tl
 
 from .launch_config import cdiv, lse_config, mass_config, multiprocessors
-from .primitives import PAGING, cache_shape, dot_type, paging, plain_bytes, row_length, to_float32, token_pointers
+from .primitives import dot_type
+from .rows import cache_shape, load_float32, per_row, row_length, rows_at, rows_of
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-_LENGTH_DEPENDENT = ["W", "S", "H", *PAGING]
+_LENGTH_DEPENDENT = ["W", "S", "H"]
 _LSE_STRIDES = ["lse_stride_b", "lse_stride_h"]
 
 
 @triton.jit
-def query_pointers(group_ptr, rows, stride_w, stride_h, columns, G: tl.constexpr):
-    """Addresses [rows, columns] of a group's queries: row w·G + g is query w of head g."""
-    offsets = (rows // G).to(tl.int64) * stride_w + (rows % G).to(tl.int64) * stride_h
-    return group_ptr + offsets[:, None] + columns[None, :]
+def group_rows_at(queries, b, h, rows, inside, G: tl.constexpr):
+    """Addresses [rows] of a group's queries: row w·G + g is query w of head g of KV head h."""
+    return rows_at(queries, b, h * G + rows % G, rows // G, inside)
 
 
 @triton.jit
-def load_tile(pointers, mask, COMPUTE: tl.constexpr, DECODE_E4M3: tl.constexpr):
+def load_tile(rows, pointers, inside, columns, COMPUTE: tl.constexpr):
     """Rows in the type that tl.dot multiplies."""
-    return to_float32(tl.load(pointers, mask=mask, other=0.0), DECODE_E4M3).to(COMPUTE)
+    return load_float32(rows, pointers, inside, columns).to(COMPUTE)
 
 
 @triton.jit
 def product(
-    a, a_pointers, a_mask, b_pointers, b_mask, D: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
-    DECODE_A: tl.constexpr, DECODE_B: tl.constexpr,
+    a, a_rows, a_pointers, a_inside, b_rows, b_pointers, b_inside, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr
 ):  # fmt: skip
-    """a · bᵀ in float32. If a row's D columns fit one tile, `a` is that tile, loaded before; else chunks of both."""
-    columns = tl.arange(0, BLOCK_D)[None, :]
-    total = tl.zeros([a_mask.shape[0], b_mask.shape[0]], tl.float32)
-    if D <= BLOCK_D:
-        b = load_tile(b_pointers, b_mask & (columns < D), COMPUTE, DECODE_B)
+    """a · bᵀ in float32. If a row's columns fit one tile, `a` is that tile, loaded before; else chunks of both."""
+    columns = tl.arange(0, BLOCK_D)
+    total = tl.zeros([a_inside.shape[0], b_inside.shape[0]], tl.float32)
+    if a_rows.width <= BLOCK_D:
+        b = load_tile(b_rows, b_pointers, b_inside, columns, COMPUTE)
         total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
     else:
-        for chunk in range(0, D, BLOCK_D):
-            inside = columns < D - chunk
-            part = load_tile(a_pointers + chunk, a_mask & inside, COMPUTE, DECODE_A)
-            b = load_tile(b_pointers + chunk, b_mask & inside, COMPUTE, DECODE_B)
+        for chunk in range(0, a_rows.width, BLOCK_D):
+            part = load_tile(a_rows, a_pointers, a_inside, chunk + columns, COMPUTE)
+            b = load_tile(b_rows, b_pointers, b_inside, chunk + columns, COMPUTE)
             total = tl.dot(part, tl.trans(b), total, input_precision="ieee")
     return total
 
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT + ["splits", "chunk", "row_blocks"])
 def attention_lse_kernel(
-    queries_ptr, keys_ptr, table_ptr, lengths_ptr, lse_ptr, scale, W, S, H, row_blocks, splits, chunk,
-    table_stride, block_size,
-    query_stride_b, query_stride_h, query_stride_w, key_stride_b, key_stride_h, key_stride_s,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
-    CAUSAL: tl.constexpr, COMPUTE: tl.constexpr, DECODE_Q: tl.constexpr, DECODE_K: tl.constexpr,
+    queries, keys, lengths, lse_ptr, scale, W, S, H, row_blocks, splits, chunk,
+    G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    CAUSAL: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # the last queries see most keys
     row_count = tl.num_programs(0) // splits // row_blocks
@@ -77,17 +72,15 @@ def attention_lse_kernel(
     row = (program // splits % row_count).to(tl.int64)
     row_block = program // splits // row_count
     b, h = row // H, row % H
-    length = row_length(lengths_ptr, b, S)
+    length = row_length(lengths, b, h, S)
     offset = tl.maximum(length - W, 0)
     columns = tl.arange(0, BLOCK_D)
 
     rows = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
-    queries = rows // G
-    seen_rows = queries < tl.minimum(W, length)
-    query_pointers_ = query_pointers(
-        queries_ptr + b * query_stride_b + h * G * query_stride_h, rows, query_stride_w, query_stride_h, columns, G
-    )
-    query = load_tile(query_pointers_, seen_rows[:, None] & (columns < D)[None, :], COMPUTE, DECODE_Q)
+    own = rows // G  # the query that a row belongs to
+    is_query = own < tl.minimum(W, length)
+    query_pointers = group_rows_at(queries, b, h, rows, is_query, G)
+    query = load_tile(queries, query_pointers, is_query, columns, COMPUTE)
 
     begin = split * chunk
     end = tl.minimum(begin + chunk, length)
@@ -98,17 +91,20 @@ def attention_lse_kernel(
     for start in range(begin, end, BLOCK_S):
         tokens = start + tl.arange(0, BLOCK_S)
         inside = tokens < end
-        key_pointers = token_pointers(
-            keys_ptr, table_ptr, table_stride, block_size, b, h, tokens, inside,
-            key_stride_b, key_stride_h, key_stride_s, columns,
-        )  # fmt: skip
         logits = scale * product(
-            query, query_pointers_, seen_rows[:, None], key_pointers, inside[:, None],
-            D, BLOCK_D, COMPUTE, DECODE_Q, DECODE_K,
-        )  # fmt: skip
+            query,
+            queries,
+            query_pointers,
+            is_query,
+            keys,
+            rows_at(keys, b, h, tokens, inside),
+            inside,
+            BLOCK_D,
+            COMPUTE,
+        )
         visible = inside[None, :]
         if CAUSAL:
-            visible = visible & (tokens[None, :] <= offset + queries[:, None])
+            visible = visible & (tokens[None, :] <= offset + own[:, None])
         logits = tl.where(visible, logits, float("-inf"))
         best_after = tl.maximum(best, tl.max(logits, 1))
         shift = tl.where(best_after == float("-inf"), 0.0, best_after)  # nothing seen yet: no -inf minus -inf
@@ -116,9 +112,9 @@ def attention_lse_kernel(
         best = best_after
 
     lse = (best + tl.log2(total)) * _LN_2
-    lse = tl.where(seen_rows, lse, float("-inf"))
+    lse = tl.where(is_query, lse, float("-inf"))
     heads = (split * row_count + row) * G + rows % G
-    tl.store(lse_ptr + heads * W + queries, lse, mask=rows < W * G)
+    tl.store(lse_ptr + heads * W + own, lse, mask=rows < W * G)
 
 
 @triton.jit(do_not_specialize=["n", "splits"])
@@ -150,24 +146,21 @@ def _reduce(sums, weights, REDUCE: tl.constexpr):
 
 @triton.jit
 def _add_queries(
-    sums, key, key_pointers, key_mask, tokens, group_ptr, lse_ptr, begin, end, scale, offset, valid,
-    query_stride_w, query_stride_h, lse_stride_h,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, MASKED: tl.constexpr,
-    REDUCE: tl.constexpr, COMPUTE: tl.constexpr, DECODE_Q: tl.constexpr, DECODE_K: tl.constexpr,
+    sums, key, keys, key_pointers, is_key, tokens, queries, b, h, lse_ptr, lse_stride_h, begin, end, scale, offset,
+    valid, G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, MASKED: tl.constexpr,
+    REDUCE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Add the weights of the query rows [begin, end) to `sums` [tokens, rows of a tile]. MASKED: some keys are later
     than some of these queries."""
-    columns = tl.arange(0, BLOCK_D)
     for start in range(begin, end, BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
-        seen_rows = rows < valid * G
+        is_query = rows < valid * G
         lse_pointers = lse_ptr + (rows % G) * lse_stride_h + rows // G
         # Padding rows have an infinite LSE, so their weights are 0.
-        lse = tl.load(lse_pointers, mask=seen_rows, other=float("inf")) * _LOG2_E
+        lse = tl.load(lse_pointers, mask=is_query, other=float("inf")) * _LOG2_E
+        query_pointers = group_rows_at(queries, b, h, rows, is_query, G)
         logits = scale * product(
-            key, key_pointers, key_mask,
-            query_pointers(group_ptr, rows, query_stride_w, query_stride_h, columns, G), seen_rows[:, None],
-            D, BLOCK_D, COMPUTE, DECODE_K, DECODE_Q,
+            key, keys, key_pointers, is_key, queries, query_pointers, is_query, BLOCK_D, COMPUTE
         )  # fmt: skip
         weights = tl.exp2(logits - lse[None, :])
         if MASKED:
@@ -178,29 +171,22 @@ def _add_queries(
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT + _LSE_STRIDES)
 def attention_mass_kernel(
-    queries_ptr, keys_ptr, table_ptr, lse_ptr, lengths_ptr, mass_ptr, scale, W, S, H, table_stride, block_size,
-    query_stride_b, query_stride_h, query_stride_w, key_stride_b, key_stride_h, key_stride_s,
-    lse_stride_b, lse_stride_h,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    queries, keys, lse_ptr, lengths, mass_ptr, scale, W, S, H, lse_stride_b, lse_stride_h,
+    G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     CAUSAL: tl.constexpr, REDUCE: tl.constexpr, COUNT: tl.constexpr, COMPUTE: tl.constexpr,
-    DECODE_Q: tl.constexpr, DECODE_K: tl.constexpr,
 ):  # fmt: skip
     row_count = tl.num_programs(0) // ((S + BLOCK_S - 1) // BLOCK_S)
     row = (tl.program_id(0) % row_count).to(tl.int64)
     first = tl.program_id(0) // row_count * BLOCK_S  # the first keys are seen by most queries
     b, h = row // H, row % H
-    length = row_length(lengths_ptr, b, S)
+    length = row_length(lengths, b, h, S)
     offset = tl.maximum(length - W, 0)
     valid = tl.minimum(length, W)  # queries of this request
     tokens = first + tl.arange(0, BLOCK_S)
     columns = tl.arange(0, BLOCK_D)
-    key_mask = (tokens < length)[:, None]
-    key_pointers = token_pointers(
-        keys_ptr, table_ptr, table_stride, block_size, b, h, tokens, tokens < length,
-        key_stride_b, key_stride_h, key_stride_s, columns,
-    )  # fmt: skip
-    key = load_tile(key_pointers, key_mask & (columns < D)[None, :], COMPUTE, DECODE_K)
-    group_ptr = queries_ptr + b * query_stride_b + h * G * query_stride_h
+    is_key = tokens < length
+    key_pointers = rows_at(keys, b, h, tokens, is_key)
+    key = load_tile(keys, key_pointers, is_key, columns, COMPUTE)
     lse_ptr += b * lse_stride_b + h * G * lse_stride_h
 
     sums = tl.zeros([BLOCK_S, BLOCK_R], tl.float32)
@@ -211,14 +197,12 @@ def attention_mass_kernel(
         all_see = tl.maximum(first + BLOCK_S - 1 - offset, 0) * G
         all_see = tl.minimum((all_see + BLOCK_R - 1) // BLOCK_R * BLOCK_R, (rows + BLOCK_R - 1) // BLOCK_R * BLOCK_R)
         sums = _add_queries(
-            sums, key, key_pointers, key_mask, tokens, group_ptr, lse_ptr, some_see, all_see, scale, offset, valid,
-            query_stride_w, query_stride_h, lse_stride_h,
-            G, D, BLOCK_D, BLOCK_R, True, REDUCE, COMPUTE, DECODE_Q, DECODE_K,
+            sums, key, keys, key_pointers, is_key, tokens, queries, b, h, lse_ptr, lse_stride_h, some_see, all_see,
+            scale, offset, valid, G, BLOCK_D, BLOCK_R, True, REDUCE, COMPUTE,
         )  # fmt: skip
     sums = _add_queries(
-        sums, key, key_pointers, key_mask, tokens, group_ptr, lse_ptr, all_see, rows, scale, offset, valid,
-        query_stride_w, query_stride_h, lse_stride_h,
-        G, D, BLOCK_D, BLOCK_R, False, REDUCE, COMPUTE, DECODE_Q, DECODE_K,
+        sums, key, keys, key_pointers, is_key, tokens, queries, b, h, lse_ptr, lse_stride_h, all_see, rows,
+        scale, offset, valid, G, BLOCK_D, BLOCK_R, False, REDUCE, COMPUTE,
     )  # fmt: skip
 
     if REDUCE == "max":
@@ -252,14 +236,11 @@ def attention_lse(
     parts = out
     if config.splits > 1:
         parts = torch.empty((config.splits, B, HQ, W), dtype=torch.float32, device=keys.device)
-    strides = (*paging(keys, table), *queries.stride()[:3], *keys.stride()[:3])
-    compute = dot_type(queries)
-    (queries, decode_q), (keys, decode_k) = plain_bytes(queries), plain_bytes(keys)
     attention_lse_kernel[(B * H * row_blocks * config.splits,)](
-        queries, keys, table, lengths, parts, scale * _LOG2_E.value, W, S, H, row_blocks, config.splits, config.chunk,
-        *strides, G=G, D=D, BLOCK_D=config.block_dim, BLOCK_R=config.block_rows, BLOCK_S=config.block_tokens,
-        CAUSAL=causal, COMPUTE=compute, DECODE_Q=decode_q, DECODE_K=decode_k, num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        rows_of(queries), rows_of(keys, table), per_row(lengths), parts,
+        scale * _LOG2_E.value, W, S, H, row_blocks, config.splits, config.chunk,
+        G=G, BLOCK_D=config.block_dim, BLOCK_R=config.block_rows, BLOCK_S=config.block_tokens,
+        CAUSAL=causal, COMPUTE=dot_type(queries), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if config.splits > 1:
         BLOCK = 128  # one query a thread: the parts are few and in L2
@@ -283,13 +264,10 @@ def attention_mass(
     (_, HQ, W, _), (B, H, S, D) = queries.shape, cache_shape(keys, table)
     G = HQ // H
     config = mass_config(W * G, D, queries.element_size())
-    strides = (*paging(keys, table), *queries.stride()[:3], *keys.stride()[:3], *lse.stride()[:2])
-    compute = dot_type(queries)
-    (queries, decode_q), (keys, decode_k) = plain_bytes(queries), plain_bytes(keys)
     attention_mass_kernel[(B * H * cdiv(S, config.block_tokens),)](
-        queries, keys, table, lse, lengths, out, scale * _LOG2_E.value, W, S, H, *strides,
-        G=G, D=D, BLOCK_D=config.block_dim, BLOCK_R=config.block_rows, BLOCK_S=config.block_tokens,
-        CAUSAL=causal, REDUCE=reduce, COUNT=count, COMPUTE=compute, DECODE_Q=decode_q, DECODE_K=decode_k,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        rows_of(queries), rows_of(keys, table), lse, per_row(lengths), out,
+        scale * _LOG2_E.value, W, S, H, *lse.stride()[:2],
+        G=G, BLOCK_D=config.block_dim, BLOCK_R=config.block_rows, BLOCK_S=config.block_tokens,
+        CAUSAL=causal, REDUCE=reduce, COUNT=count, COMPUTE=dot_type(queries),
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 
 from .launch_config import MAX_SELECT_SPLITS, cdiv, multiprocessors, select_config
-from .primitives import descending_key, row_length
+from .primitives import descending_key
+from .rows import per_row, row_length
 
 _LENGTH_DEPENDENT = ["S", "H", "n", "sink", "recent", "splits", "chunk", "stride_b", "stride_h"]
 _DIGIT_BINS = tl.constexpr(256)
@@ -33,20 +34,20 @@ _MAX_SPLITS = tl.constexpr(MAX_SELECT_SPLITS)
 
 
 @triton.jit
-def _row_bounds(lengths_ptr, keep_ptr, b, S, n, sink, recent, WORST: tl.constexpr):
+def _row_bounds(lengths, keep, b, h, S, n, sink, recent, WORST: tl.constexpr):
     """length, tokens to write, candidates to choose, sink and recent of one row.
 
     A ragged row that keeps fewer than sink + recent tokens keeps its first `sink`, then its most recent; one with
     fewer than n unprotected tokens gives up only those.
     """
-    length = row_length(lengths_ptr, b, S)
+    length = row_length(lengths, b, h, S)
     if WORST:
         sink = tl.minimum(sink, length)
         recent = tl.minimum(recent, length - sink)
         need = tl.minimum(n, length - sink - recent)
         written = need
     else:
-        written = row_length(keep_ptr, b, n)
+        written = row_length(keep, b, h, n)
         sink = tl.minimum(sink, written)
         recent = tl.minimum(recent, written - sink)
         need = written - sink - recent
@@ -147,13 +148,13 @@ def mean_heads_kernel(scores_ptr, out_ptr, S, H, stride_b, stride_h, splits, BLO
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def select_row_kernel(
-    scores_ptr, lengths_ptr, keep_ptr, out_ptr, S, H, n, sink, recent, stride_b, stride_h,
+    scores_ptr, lengths, keep, out_ptr, S, H, n, sink, recent, stride_b, stride_h,
     BLOCK: tl.constexpr, WORST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, h = row // H, row % H
     row_ptr = scores_ptr + b * stride_b + h * stride_h
-    length, written, need, sink, recent = _row_bounds(lengths_ptr, keep_ptr, b, S, n, sink, recent, WORST)
+    length, written, need, sink, recent = _row_bounds(lengths, keep, b, h, S, n, sink, recent, WORST)
     prefix, ties = 0, 0
     for digit in tl.static_range(4):
         counts, _ = _count_digits(row_ptr, 0, S, sink, length - recent, prefix, digit, BLOCK, WORST)
@@ -188,14 +189,14 @@ def _advance(histograms_ptr, states_ptr, row, splits, DIGIT: tl.constexpr):
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def count_digits_kernel(
-    scores_ptr, lengths_ptr, keep_ptr, histograms_ptr, states_ptr, better_ptr,
+    scores_ptr, lengths, keep, histograms_ptr, states_ptr, better_ptr,
     S, H, n, sink, recent, stride_b, stride_h, splits, chunk,
     DIGIT: tl.constexpr, BLOCK: tl.constexpr, WORST: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     b, h = row // H, row % H
-    length, _, need, sink, recent = _row_bounds(lengths_ptr, keep_ptr, b, S, n, sink, recent, WORST)
+    length, _, need, sink, recent = _row_bounds(lengths, keep, b, h, S, n, sink, recent, WORST)
     prefix = 0
     if DIGIT > 0:
         prefix, need, _ = _advance(histograms_ptr, states_ptr, row, splits, DIGIT - 1)
@@ -216,13 +217,13 @@ def count_digits_kernel(
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def write_kept_kernel(
-    scores_ptr, lengths_ptr, keep_ptr, histograms_ptr, states_ptr, better_ptr, out_ptr,
+    scores_ptr, lengths, keep, histograms_ptr, states_ptr, better_ptr, out_ptr,
     S, H, n, sink, recent, stride_b, stride_h, splits, chunk, BLOCK: tl.constexpr, WORST: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     b, h = row // H, row % H
-    length, written, _, sink, recent = _row_bounds(lengths_ptr, keep_ptr, b, S, n, sink, recent, WORST)
+    length, written, _, sink, recent = _row_bounds(lengths, keep, b, h, S, n, sink, recent, WORST)
     kth, need, ties = _advance(histograms_ptr, states_ptr, row, splits, 3)
 
     # What the runs before this one hold: candidates better in the first three bytes, or in the last one, and ties.
@@ -275,6 +276,7 @@ def _select(scores, keep_lengths, sink: int, recent: int, lengths, out, worst: b
     config = select_config(B * H, S, multiprocessors(scores.device))
     sizes = (S, H, n, sink, recent, *scores.stride()[:2])
     launch = dict(BLOCK=config.block, WORST=worst, num_warps=config.num_warps)
+    lengths, keep_lengths = per_row(lengths), per_row(keep_lengths)
     if config.splits == 1:
         select_row_kernel[(B * H,)](scores, lengths, keep_lengths, out, *sizes, **launch)
         return

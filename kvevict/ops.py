@@ -244,7 +244,8 @@ def combine_scores(parts: Sequence[tuple[float, Tensor]], *, scale: str = "rank"
     Args:
         parts: (weight, scores [B, H, S] float32) of each scorer.
         scale: "rank": the share of a row's other tokens that score lower, ties halfway, in [0, 1]; "minmax": linear
-            from a row's least score, 0, to its greatest, 1; "l2": over the row's Euclidean norm.
+            from a row's least score, 0, to its greatest, 1; "l2": over the row's Euclidean norm. Only "rank" tells +inf
+            from a row's greatest finite score: for the others it is one more of those, so that it flattens nothing.
 
     Returns:
         [B, H, S] float32; -inf where a part is -inf (no token), NaN where one is NaN; neither counts in a row's scale.
@@ -285,13 +286,24 @@ def _rank(scores: Tensor, present: Tensor) -> Tensor:
 
 
 def _minmax(scores: Tensor, present: Tensor) -> Tensor:
+    scores = _without_infinity(scores, present) / 2  # the halves' difference is finite
     least = scores.masked_fill(~present, float("inf")).amin(-1, keepdim=True)
     most = scores.masked_fill(~present, float("-inf")).amax(-1, keepdim=True)
     return torch.where(most > least, (scores - least) / (most - least), 0.0)
 
 
 def _l2(scores: Tensor, present: Tensor) -> Tensor:
-    return scores / scores.masked_fill(~present, 0.0).norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    scores = _without_infinity(scores, present).masked_fill(~present, 0.0)
+    most = scores.abs().amax(-1, keepdim=True)
+    scores = torch.where(most > 0, scores / most, 0.0)  # squares of what is at most 1 are finite
+    return scores / scores.norm(dim=-1, keepdim=True).clamp(min=1.0)
+
+
+def _without_infinity(scores: Tensor, present: Tensor) -> Tensor:
+    """+inf as the greatest finite score of its row, or 0 if none is."""
+    infinite = scores == float("inf")
+    most = scores.masked_fill(infinite | ~present, float("-inf")).amax(-1, keepdim=True)
+    return torch.where(infinite, most.masked_fill(most == float("-inf"), 0.0), scores)
 
 
 _SCALES = {"rank": _rank, "minmax": _minmax, "l2": _l2}
