@@ -240,12 +240,8 @@ class EvictingLayer(DynamicLayer):
     def awaits(self, module: Any, key: Tensor) -> bool:
         """Whether attention over `key` in this module is the one that follows the last update. Its keys may be made of
         the cached ones: models with latent attention (MLA) cache what their keys are computed from."""
-        shape = key.shape[0], key.shape[2]
-        return (
-            self._unread
-            and getattr(module, "layer_idx", None) == self.index
-            and shape == (self.keys.shape[0], self.keys.shape[2])
-        )
+        follows = self._unread and getattr(module, "layer_idx", None) == self.index
+        return follows and (key.shape[0], key.shape[2]) == self._shape
 
     def attend(self, module, query, key, value, attention_mask, scaling=None, **options) -> tuple[Tensor, None]:
         """SDPA over this layer's tokens; then what the policy reads is noted, and tokens are evicted if it is time.
