@@ -173,6 +173,18 @@ def test_latents_are_evicted_by_what_reads_keys_alone(family):
     assert all(r.kept <= 44 for r in cache.report())
 
 
+def test_static_buffers_of_latents_refuse_padding():
+    model = build("deepseek_v3")
+    ids, mask = padded()
+    options = dict(budget=60, interval=8)
+    caches = [EvictingCache(model, KeyDiff(recent=8), static=static, **options) for static in (False, True)]
+    said = [generate(model, prompt(70, batch=2), new=20, past_key_values=cache) for cache in caches]
+    assert torch.equal(*said)
+    with pytest.raises(ValueError, match="the prompts have padding"):
+        generate(model, ids, attention_mask=mask,
+                 past_key_values=EvictingCache(model, KeyDiff(recent=8), static=True, **options))  # fmt: skip
+
+
 @pytest.mark.parametrize("policy", [TOVA(), SnapKV(), AttentionMass(), LRU()], ids=lambda p: type(p).__name__)
 def test_latents_are_not_what_queries_attend_to(policy):
     model = build("deepseek_v3")

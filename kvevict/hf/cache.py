@@ -169,9 +169,12 @@ class EvictingCache(Cache):
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """(keys, values, sliding window) of each layer, as a DynamicCache gives them."""
-        self.settle()
         for layer in self.layers:
-            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+            keys: Tensor | None = getattr(layer, "keys", None)
+            values: Tensor | None = getattr(layer, "values", None)
+            if isinstance(layer, EvictingLayer) and keys is not None and values is not None:
+                keys, values = keys[:, :, : layer.cached()], values[:, :, : layer.cached()]
+            yield keys, values, getattr(layer, "_sliding_window_tensor", None)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         if layer_idx >= len(self.layers):
@@ -179,7 +182,7 @@ class EvictingCache(Cache):
         if layer_idx == self._full[0]:
             if not self._attention_is_ours():
                 self._refuse_what_is_not_seen(key_states.shape[0])
-            self._watch_for_chunks(self.layers[layer_idx], key_states.shape[2])
+            self._watch_for_chunks(key_states.shape[2])
         before = self.layers[layer_idx - 1] if layer_idx > 0 else None
         # Its attention is done: its memory is free before this layer grows.
         if isinstance(before, StaticEvictingLayer):
@@ -204,7 +207,8 @@ class EvictingCache(Cache):
                 f"{remedy}, or make the cache with the model, not its config"
             )
 
-    def _watch_for_chunks(self, layer: EvictingLayer, new: int) -> None:
+    def _watch_for_chunks(self, new: int) -> None:
+        layer = self._evicting()[0]
         if self._after_cut is None or layer.keep is None or not layer.compressed:
             return
         self._after_cut = None if new == 1 else self._after_cut + new
@@ -275,14 +279,14 @@ class EvictingCache(Cache):
         """Forget the last tokens, as in `EvictingLayer.crop`: in all layers, or in none where one refuses."""
         layers = self._evicting()
         recording = any(layer.record_past for layer in layers)
-        if not recording:
+        if not recording and not self._static:
             self.settle()  # so that all layers evict the same tokens, whether or not they did before this call
-        if not self._static:
-            for layer in layers:
-                layer.cropped(tokens_to_remove)
-        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, EvictingLayer)):
-            layer.crop(tokens_to_remove)  # layers that are not ours first: they may refuse
-        if recording:
+        for layer in layers:
+            layer.cropped(tokens_to_remove)
+        others: list[Any] = [layer for layer in self.layers if not isinstance(layer, EvictingLayer)]
+        for any_layer in (*others, *layers):  # others may refuse too
+            any_layer.crop(tokens_to_remove)
+        if recording and not self._static:
             self.settle()
 
     def reset(self) -> None:

@@ -90,7 +90,8 @@ class EvictingLayer(DynamicLayer):
         self.compressed = False  # keep=: the prompt has been cut
         self.tail: int | Tensor = 0  # so many last tokens ([B] of them: of each request) have none missing among them
         self._entering: Tensor | None = None  # [B, T, M]: the hidden states that enter the layer's attention now
-        self._unread = False  # update has returned keys that attention may still read
+        self._unread = False  # update has returned keys that attention may still read,
+        self._shape = (0, 0)  # for so many requests, of so many slots
         self._step = Step(0, True, None, None)
 
     # What transformers asks of a layer.
@@ -109,10 +110,14 @@ class EvictingLayer(DynamicLayer):
         self.values = self._append(self.values, value_states)
         if self.lengths is not None:
             self.lengths = self.lengths + new
-        self._unread = True
-        if self._attention_is_ours():
-            hand_over(self, self.keys)
+        self._returned(self.keys)
         return self.keys, self.values
+
+    def _returned(self, keys: Tensor) -> None:
+        """`update` returns these keys: attention is to read them next."""
+        self._unread, self._shape = True, (keys.shape[0], keys.shape[2])
+        if self._attention_is_ours():
+            hand_over(self, keys)
 
     def note_hidden(self, hidden: Tensor) -> None:
         """[B, T, M]: the hidden states of the tokens of the coming `update`."""
@@ -177,8 +182,10 @@ class EvictingLayer(DynamicLayer):
         Raises:
             ValueError: more than it can.
         """
-        count = self.tokens_seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
-        if count <= 0 or not self.is_initialized:
+        if not self.is_initialized:
+            return 0
+        count = int(self.get_seq_length()) - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        if count <= 0:
             return 0
         most = self.croppable()
         if count > most:
@@ -233,12 +240,8 @@ class EvictingLayer(DynamicLayer):
     def awaits(self, module: Any, key: Tensor) -> bool:
         """Whether attention over `key` in this module is the one that follows the last update. Its keys may be made of
         the cached ones: models with latent attention (MLA) cache what their keys are computed from."""
-        shape = key.shape[0], key.shape[2]
-        return (
-            self._unread
-            and getattr(module, "layer_idx", None) == self.index
-            and shape == (self.keys.shape[0], self.keys.shape[2])
-        )
+        follows = self._unread and getattr(module, "layer_idx", None) == self.index
+        return follows and (key.shape[0], key.shape[2]) == self._shape
 
     def attend(self, module, query, key, value, attention_mask, scaling=None, **options) -> tuple[Tensor, None]:
         """SDPA over this layer's tokens; then what the policy reads is noted, and tokens are evicted if it is time.
@@ -435,6 +438,7 @@ class EvictingLayer(DynamicLayer):
         self.keys, self.values = result.keys, result.values
         self.tail = self._tail_after(choice, before)
         if self.lengths is not None:
+            assert choice.lengths is not None
             self.lengths = torch.minimum(self.lengths, choice.lengths)
         if tracker is not None:
             tracker.compacted(result._replace(lengths=choice.lengths))
