@@ -39,6 +39,8 @@ def test_rows_are_read_before_a_program_says_so():
 
 
 def test_a_wait_of_one_wave_is_not_enough():
-    code = "buffer_load_dwordx4 v[0:3]\ns_barrier\ns_waitcnt vmcnt(0)\nglobal_atomic_swap\n.max_flat_workgroup_size: {}\n"
+    code = (
+        "buffer_load_dwordx4 v[0:3]\ns_barrier\ns_waitcnt vmcnt(0)\nglobal_atomic_swap\n.max_flat_workgroup_size: {}\n"
+    )
     assert all_waves_have_read(code.format(64))
     assert not all_waves_have_read(code.format(256))
