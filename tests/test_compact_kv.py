@@ -172,16 +172,16 @@ def test_paged_rows_move_with_their_scales(backend, ordered, from_end, per_head)
         cache_of["keys"], cache_of["values"], slots, ordered, table, ends if from_end else None, None,
         cache_of["key_scales"], cache_of["value_scales"],
     )  # fmt: skip
-    for name, rows in cache_of.items():
-        expected = as_bytes(old[name]).clone()
+    for part, rows in cache_of.items():
+        expected = as_bytes(old[part]).clone()
         for b in range(B):
             for h in range(H):
                 for j, source in enumerate(slots[b, h].tolist()):
                     if source >= 0:
                         last = int(lengths[b]) - 1
                         to, of = (last - j, last - source) if from_end else (j, source)
-                        page(expected, table, b, h, to).copy_(as_bytes(page(old[name], table, b, h, of)))
-        assert torch.equal(as_bytes(rows), expected), name
+                        page(expected, table, b, h, to).copy_(as_bytes(page(old[part], table, b, h, of)))
+        assert torch.equal(as_bytes(rows), expected), part
 
 
 @backends
@@ -236,15 +236,13 @@ def test_flags_are_the_callers():
 
 def test_flags_are_enough_on_every_device():
     slots = torch.empty(2, 3, 1000, dtype=torch.int64)
-    for D, DV, size, access in itertools.product((3, 64, 128, 576), (5, 128, 512), (1, 2, 4), (1, 2, 4, 8, 16)):
-        keys, values = (
-            torch.empty(1, 1, 1, width, dtype={1: torch.uint8, 2: torch.float16, 4: torch.float32}[size])
-            for width in (D, DV)
-        )
-        flags = triton.move_flags(slots, keys, values)
-        for name in ("cuda", "hip"):
-            config = move_config(D, DV, size, access, True, name)
-            assert flags >= 1 + 2 * 3 * cdiv(1000, config.block_rows)
+    for D, DV, dtype in itertools.product(
+        (3, 64, 128, 576), (5, 128, 512), (torch.uint8, torch.float16, torch.float32)
+    ):
+        flags = triton.move_flags(slots, *(torch.empty(1, 1, 1, width, dtype=dtype) for width in (D, DV)))
+        for device, access in itertools.product(("cuda", "hip"), (1, 2, 4, 8, 16)):
+            rows = move_config(D, DV, dtype.itemsize, access, True, device).block_rows
+            assert flags >= 1 + 2 * 3 * cdiv(1000, rows)
 
 
 @pytest.mark.parametrize("n", [1, 256, 257, 700])

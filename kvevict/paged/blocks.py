@@ -1,4 +1,4 @@
-"""Blocks for heads of unequal length, allotted on the device: nothing is read on the host, so a CUDA graph can hold it."""
+"""Blocks for heads of unequal length, allotted on the device without a host read: a CUDA graph can hold it."""
 
 from __future__ import annotations
 
