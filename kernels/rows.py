@@ -30,8 +30,8 @@ class Rows(NamedTuple):
     stride_h: int
     stride_s: int
     table: torch.Tensor | None
-    table_stride_b: int
-    table_stride_h: int
+    table_stride_b: int  # twice the stride and one: it grows with the longest request, and for strides of 1 and of
+    table_stride_h: int  # multiples of 16 Triton would compile the kernel again
     block_size: tl.constexpr
     width: tl.constexpr
     align: tl.constexpr
@@ -51,11 +51,11 @@ def rows_of(x: torch.Tensor, table: torch.Tensor | None = None) -> Rows:
     x, e4m3_bytes = _plain_bytes(x)
     shape = x.shape
     stride_b, stride_h, stride_s, align = _aligned(shape, x.stride(), x.data_ptr() % 16, x.element_size())
-    table_stride_b, table_stride_h, block_size = 0, 0, 1
+    table_stride_b, table_stride_h, block_size = 1, 1, 1
     if table is not None:
-        table_stride_b, block_size = table.stride(0), shape[2]
+        table_stride_b, block_size = 2 * table.stride(0) + 1, shape[2]
         if table.ndim == 3:  # the head is in the table, and the cache has one
-            table_stride_h, stride_h = table.stride(1), 0
+            table_stride_h, stride_h = 2 * table.stride(1) + 1, 0
     return Rows(
         x, stride_b, stride_h, stride_s, table, table_stride_b, table_stride_h,
         _constant(block_size), _constant(shape[3]), _constant(align), _constant(e4m3_bytes),
@@ -113,8 +113,8 @@ def rows_at(rows, b, h, tokens, inside):
     else:
         tokens = tokens.to(tl.int32)
         columns = tokens // rows.block_size
-        entries = rows.table + b.to(tl.int64) * rows.table_stride_b + h.to(tl.int64) * rows.table_stride_h + columns
-        blocks = tl.load(entries, mask=inside, other=0).to(tl.int64)
+        row = b.to(tl.int64) * (rows.table_stride_b >> 1) + h.to(tl.int64) * (rows.table_stride_h >> 1)
+        blocks = tl.load(rows.table + row + columns, mask=inside, other=0).to(tl.int64)
         offsets += blocks * rows.stride_b + (tokens % rows.block_size).to(tl.int64) * rows.stride_s
     ALIGN_BYTES: tl.constexpr = rows.align * rows.ptr.dtype.element_ty.primitive_bitwidth // 8
     return tl.multiple_of(rows.ptr + offsets * rows.align, ALIGN_BYTES)
