@@ -42,17 +42,19 @@ class ScoreConfig:
     splits: int
     chunk: int
     num_warps: int = 4
+    stages: int = 4  # three tiles are on their way while one is computed: 24 KiB of bf16 a program
 
 
 def score_config(rows: int, tokens: int, head_dim: int, multiprocessors: int) -> ScoreConfig:
     block_dim = next_power_of_2(head_dim)
-    # 4,096 float32 elements over 128 threads: 32 accumulator registers each, 8 KiB of bf16 in flight per program.
+    # 4,096 float32 elements over 128 threads: 32 accumulator registers each, 8 KiB of bf16.
     block_tokens = max(4096 // block_dim, 4)
-    # Four programs on every multiprocessor hide the latency of their loads. A split shorter than 512 tokens would
-    # re-read more partial anchors (splits² · 4D bytes a row) than it gains in parallelism, and more than 128 splits
-    # would do so at any length.
-    wanted = cdiv(4 * multiprocessors, rows)
-    splits = max(1, min(wanted, tokens // 512, 128))
+    # Four programs on every multiprocessor have 96 KiB under way, where an H100 asks for 14 (latency times bandwidth,
+    # idle) to 64 (under load), and fit beside each other with up to 128 registers a thread: one wave. Rounded down,
+    # because a wave of the few programs that are left over costs as much as a full one. Eight would quadruple what is
+    # read again of partial anchors, splits² · 4D bytes a row: at 8 rows of 32K as much as K itself, +6 µs of 22.
+    # A run under 128 tokens would have all of its tiles in flight at once anyway, and double the partial anchors.
+    splits = max(1, min(4 * multiprocessors // rows, tokens // 128))
     chunk = cdiv(cdiv(tokens, splits), block_tokens) * block_tokens
     return ScoreConfig(block_dim, block_tokens, cdiv(tokens, chunk), chunk)
 
