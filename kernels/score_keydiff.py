@@ -3,7 +3,8 @@
     partial_anchor_kernel   [rows, splits, D] float32: each program sums one run of a row's (unit) keys
     keydiff_scores_kernel   [B, H, S] float32: each program adds up the partial sums of its row, divides by the
                             number of keys in them, and scores its own run of keys
-    keydiff_row_kernel      both in one launch, a program per row: short rows
+    keydiff_row_kernel      both in one launch, a program per row: short rows, or as many rows as the device holds
+                            programs
 
 Shapes: keys [B, H, S, D], dense or paged (rows.py); a row is one (batch, head).
 Bytes per row, e per element: K is read twice, 2·S·D·e, or once when the caller gives the anchor. The second pass
@@ -187,7 +188,7 @@ def keydiff_scores(
     anchor [B, H, D], or None for the mean of the keys (`unit`: of the keys over their norms).
     """
     B, H, S, D = cache_shape(keys, table)
-    config = score_config(B * H, S, D, multiprocessors(keys.device))
+    config = score_config(B * H, S, D, keys.element_size(), multiprocessors(keys.device), two_passes=anchor is None)
     options = dict(
         BLOCK_D=config.block_dim, BLOCK_S=config.block_tokens, STAGES=config.stages, num_warps=config.num_warps
     )

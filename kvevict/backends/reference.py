@@ -56,7 +56,7 @@ def keydiff_scores(
     out: Tensor,
     table: Tensor | None = None,
 ) -> None:
-    """-cos(k_i, a) with a = mean_i k_i/‖k_i‖ (unit), mean_i k_i, or the caller's [B, H, D]; -inf beyond a row. Keys with
+    """-cos(k_i, a), a = mean_i k_i/‖k_i‖ (unit), mean_i k_i, or the caller's [B, H, D]; -inf beyond a row. Keys with
     an element that is not finite are not in the mean, and their score is NaN."""
     keys = _dense(keys, table).float()
     inside = _inside(keys.shape[2], lengths, keys.device)
