@@ -41,20 +41,35 @@ class ScoreConfig:
     block_tokens: int
     splits: int
     chunk: int
-    num_warps: int = 4
+    num_warps: int
+    stages: int  # tiles on their way, and the one that is computed
 
 
-def score_config(rows: int, tokens: int, head_dim: int, multiprocessors: int) -> ScoreConfig:
+SHORT_ROW = 512  # tokens
+
+
+def score_config(
+    rows: int, tokens: int, head_dim: int, element_size: int, multiprocessors: int, two_passes: bool
+) -> ScoreConfig:
+    """two_passes: the second pass needs a whole row's first; where `splits` is 1, both can be one launch."""
     block_dim = next_power_of_2(head_dim)
-    # 4,096 float32 elements over 128 threads: 32 accumulator registers each, 8 KiB of bf16 in flight per program.
+    # 4,096 float32 elements over 128 threads: 32 accumulator registers each, 8 KiB of bf16.
     block_tokens = max(4096 // block_dim, 4)
-    # Four programs on every multiprocessor hide the latency of their loads. A split shorter than 512 tokens would
-    # re-read more partial anchors (splits² · 4D bytes a row) than it gains in parallelism, and more than 128 splits
-    # would do so at any length.
-    wanted = cdiv(4 * multiprocessors, rows)
-    splits = max(1, min(wanted, tokens // 512, 128))
+    # Three tiles of bf16 on their way are 24 KiB a program, four of float8 16.
+    stages = 5 if element_size == 1 else 4
+    # One launch with 16 warps on a row, two such programs to a multiprocessor, beats two launches up to 512 tokens:
+    # 5.0 against 7.6 µs at 256, 7.5 at 512, 13.5 at 1,024. Tiles twice as high, because three as high as the threads
+    # would be 96 KiB of bf16 and not fit in float32.
+    if two_passes and tokens <= SHORT_ROW and rows <= 2 * multiprocessors:
+        return ScoreConfig(block_dim, 2 * block_tokens, 1, tokens, 16, stages)
+    # Four programs on every multiprocessor have 96 KiB under way, where an H100 asks for 14 (latency times bandwidth,
+    # idle) to 64 (under load), and fit beside each other with up to 128 registers a thread: one wave. Rounded down,
+    # because a few programs left over cost a wave of their own. Eight would read four times as much of partial anchors,
+    # splits² · 4D bytes a row: at 8 rows of 32K as much as K itself, 28.6 µs instead of 22.4.
+    # A run under 128 tokens has all of its tiles under way at once already, and would double the partial anchors.
+    splits = max(1, min(4 * multiprocessors // rows, tokens // 128))
     chunk = cdiv(cdiv(tokens, splits), block_tokens) * block_tokens
-    return ScoreConfig(block_dim, block_tokens, cdiv(tokens, chunk), chunk)
+    return ScoreConfig(block_dim, block_tokens, cdiv(tokens, chunk), chunk, 4, stages)
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,18 @@ def _inside(S: int, lengths: Tensor | None, device: torch.device) -> Tensor:
 
 
 def _dense(rows: Tensor, table: Tensor | None) -> Tensor:
-    """[B, H, S, D]: what a paged cache [blocks, H, block_size, D] holds under a block table [B, columns]."""
+    """[B, H, S, D]: what a paged cache [blocks, H, block_size, D] holds under a block table [B, columns], or one
+    [blocks, 1, block_size, D] under a table of every head, [B, H, columns]."""
     if table is None:
         return rows
     pages = _as_bytes(rows)[table.long().clamp(min=0, max=rows.shape[0] - 1)]  # no block beyond a request's length
-    return pages.transpose(1, 2).flatten(2, 3).view(rows.dtype)
+    pages = pages.transpose(1, 2) if table.ndim == 2 else pages.squeeze(3)
+    return pages.flatten(2, 3).view(rows.dtype)
+
+
+def _shrunk(x: Tensor) -> Tensor:
+    """Vectors [..., D], those whose norm may have no float32 square times 2⁻⁷²: the direction is the same."""
+    return torch.where(x.abs().amax(-1, keepdim=True) > 2.0**58, x * 2.0**-72, x)
 
 
 def check_rows(lengths: Tensor, S: int, table: Tensor | None, blocks: int, block_size: int, ok: Tensor) -> None:
@@ -63,15 +70,17 @@ def keydiff_scores(
     out: Tensor,
     table: Tensor | None = None,
 ) -> None:
-    """-cos(k_i, a) with a = mean_i k_i/‖k_i‖ (unit), mean_i k_i, or the caller's [B, H, D]; -inf beyond a row."""
-    keys = _dense(keys, table)
+    """-cos(k_i, a), a = mean_i k_i/‖k_i‖ (unit), mean_i k_i, or the caller's [B, H, D]; -inf beyond a row. Keys with
+    an element that is not finite are not in the mean, and their score is NaN."""
+    keys = _dense(keys, table).float()
     inside = _inside(keys.shape[2], lengths, keys.device)
-    keys = keys.float().masked_fill(~inside[..., None], 0.0)
+    finite = keys.isfinite().all(-1) & inside
+    keys = keys.masked_fill(~finite[..., None], 0.0)
     if anchor is None:
-        total = (F.normalize(keys, dim=-1, eps=1e-12) if unit else keys).sum(2)
-        anchor = total / inside.sum(2, keepdim=True)
-    scores = -F.cosine_similarity(keys, anchor.float()[:, :, None], dim=-1, eps=1e-8)
-    out.copy_(scores.masked_fill(~inside, float("-inf")))
+        total = (F.normalize(_shrunk(keys), dim=-1, eps=1e-12) if unit else keys).sum(2)
+        anchor = total / finite.sum(2, keepdim=True)
+    scores = -F.cosine_similarity(_shrunk(keys), _shrunk(anchor.float())[:, :, None], dim=-1, eps=1e-8)
+    out.copy_(scores.masked_fill(~finite, float("nan")).masked_fill(~inside, float("-inf")))
 
 
 def key_norm_scores(keys: Tensor, lengths: Tensor | None, out: Tensor, table: Tensor | None = None) -> None:
