@@ -5,8 +5,8 @@ import collections
 import numpy as np
 from numpy import int64, uint64
 
+from .kernel import Kernel
 from .parse import Instruction
-from .translate import Kernel
 
 
 class NotCounted:

@@ -15,11 +15,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from .counts import Counts
+from .kernel import Kernel
 from .memory import Memory
 from .parse import parse
 from .report import EmulationError, Problems
 from .scheduler import Launch, Settings
-from .translate import Kernel
 
 
 class Emulator:

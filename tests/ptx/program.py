@@ -11,10 +11,10 @@ from numpy import int64, uint8, uint32, uint64
 
 from . import warps
 from .arithmetic import UNSIGNED, widened
+from .kernel import Barrier, Branch, Code
 from .races import Clock
 from .report import EmulationError, Problem
 from .shared import Copy, SharedMemory
-from .translate import Barrier, Branch, Code
 
 _ATOMICS = {
     "add": lambda old, new: old + new,

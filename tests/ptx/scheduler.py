@@ -12,10 +12,10 @@ import numpy as np
 from numpy import uint8
 
 from .counts import Counts, NotCounted
+from .kernel import Kernel
 from .memory import Memory
 from .program import Program
 from .report import EmulationError, Problems
-from .translate import Kernel
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 rounding. No race, hazard or address outside a tensor (see plugin.py)."""
 
 import itertools
+import pathlib
 
 import pytest
 import torch
@@ -242,3 +243,8 @@ def test_paged(dtype, D):
     indices = kept(2, 2, 60, 40)
     assert_same("move_rows", keys, values, indices, True, table, out=[0, 1])
     assert_same("move_rows", keys, values, indices, True, table, lengths, out=[0, 1])
+
+
+def test_no_kernel_is_missing():
+    here = pathlib.Path(__file__).read_text()
+    assert [op for op in kernels.__all__ if f'"{op}"' not in here] == []
