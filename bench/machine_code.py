@@ -47,6 +47,11 @@ class Launch:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
     @property
+    def folder(self) -> pathlib.Path:
+        """Of the kernel's Python."""
+        return pathlib.Path(self.compiled.src.fn.fn.__code__.co_filename).parent
+
+    @property
     def warps(self) -> int:
         """Warps of one program."""
         return self.compiled.metadata.num_warps

@@ -127,7 +127,7 @@ def _access_bytes(one: machine_code.Instruction) -> int:
     return 32 * {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}.get(width.group(1) if width else "", 4)
 
 
-def _alone(body: list[machine_code.Instruction], latency: float, rounds: int) -> tuple[float, int]:
+def _alone(body: list[machine_code.Instruction], latency: Callable, rounds: int) -> tuple[float, int]:
     """Cycles that one warp needs for `rounds` trips through `body`, and the most bytes its loads have under way."""
     now, free, under_way, copies, most = 0.0, [0.0] * 6, [], [], 0
     group: float = 0.0
@@ -136,22 +136,30 @@ def _alone(body: list[machine_code.Instruction], latency: float, rounds: int) ->
         if one.name == "DEPBAR" and (allowed := re.search(r"SB\d, (0x\w+)", one.operands)):
             done = copies[: len(copies) - int(allowed.group(1), 16)]
             now = max([now, *done])
-        takes = latency if one.name in ("LDG", "LDGSTS", "ATOMG", "LD") else _LATENCY.get(one.name, 30)
+        takes = latency(one)
         if one.sets is not None:
             free[one.sets] = max(free[one.sets], now + takes)
         if one.name in ("LDG", "LDGSTS"):
-            under_way = [(end, size) for end, size in under_way if end > now] + [(now + latency, _access_bytes(one))]
+            under_way = [(end, size) for end, size in under_way if end > now] + [(now + takes, _access_bytes(one))]
             most = max(most, sum(size for _, size in under_way))
         if one.name == "LDGSTS":
-            group = now + latency
+            group = now + takes
         if one.name == "LDGDEPBAR":
             copies.append(group)
         now += max(one.stall, 1) + (_BARRIER if one.name == "BAR" else 0)
     return now, most
 
 
-def alone(run: Executed, latency: float) -> tuple[float, int]:
-    """Cycles of one warp that has a multiprocessor for itself, and the most bytes that its loads have under way."""
+def alone(run: Executed, device: Device, from_memory: set[int]) -> tuple[float, int]:
+    """Cycles of one warp that has a multiprocessor for itself, and the most bytes that its loads have under way.
+    `from_memory`: the lines of PTX whose loads come from HBM."""
+
+    def latency(one: machine_code.Instruction) -> float:
+        if one.name in ("LDG", "LDGSTS", "ATOMG", "LD"):
+            far = one.ptx_line in from_memory
+            return (device.memory_latency if far else device.l2_latency) * device.clock
+        return _LATENCY.get(one.name, 30)
+
     bodies: dict = {}
     for one, count, (loop, trips) in zip(run.code, run.counts, run.loops, strict=True):
         if count > 0.5 * min(trips, 1):
@@ -183,38 +191,37 @@ class LaunchCost:
     bound: str
 
 
-def memory_bytes(run: Executed, device: Device, caches: list[torch.Tensor], warm: set[int]) -> float:
-    """Bytes of a launch that come from or go to HBM.
+def memory_accesses(
+    run: Executed, device: Device, caches: list[torch.Tensor], warm: set[int]
+) -> tuple[float, set[int]]:
+    """Bytes of a launch that come from or go to HBM, and the lines of PTX of the loads that wait for it.
 
     What is small enough stays in L2: scores, indices and workspaces always, K and V (`caches`) if an earlier launch has
     read them, whose addresses are in `warm`; stores to K and V leave L2 in the end. Read again is read from L2.
     """
-    asked: Counter = Counter()
-    sizes = {}
-    for tensor, kind, count in run.asked:
-        key = (tensor.data_ptr(), tensor.numel(), kind)
-        asked[key] += count
-        sizes[key] = tensor.numel() * tensor.element_size()
     theirs = {cache.data_ptr() for cache in caches}
-    total = 0.0
-    for (address, _, kind), count in asked.items():
-        size = sizes[address, _, kind]
-        stays = size <= device.l2_bytes / 2 and (address not in theirs or (address in warm and kind == "read"))
-        total += 0 if stays else min(count, size)
-    warm.update(address for address, _, _ in asked)
-    return total
+    asked: Counter = Counter()
+    lines = set()
+    for access in run.accesses:
+        address, size = access.tensor.data_ptr(), access.tensor.numel() * access.tensor.element_size()
+        kept = address not in theirs or (address in warm and access.kind == "read")
+        if size > device.l2_bytes / 2 or not kept:
+            asked[address, size, access.kind] += access.bytes
+            if access.kind == "read":
+                lines.add(access.ptx_line)
+    warm.update(access.tensor.data_ptr() for access in run.accesses)
+    return sum(min(count, size) for (_, size, _), count in asked.items()), lines
 
 
 def launch_cost(
     launch: machine_code.Launch, device: Device, caches: list[torch.Tensor], known=(), warm: set[int] | None = None
 ) -> LaunchCost:
-    """`caches`, `warm`: see memory_bytes; `known`: see trips.executed."""
+    """`caches`, `warm`: see memory_accesses; `known`: see trips.executed."""
     run = executed(launch, machine_code.sass(launch.compiled), known)
-    hbm = memory_bytes(run, device, caches, set() if warm is None else warm)
-    asked = sum(count for _, _, count in run.asked)
+    hbm, from_memory = memory_accesses(run, device, caches, set() if warm is None else warm)
+    asked = sum(access.bytes for access in run.accesses)
     fit = device.fit(launch.warps, machine_code.registers(launch.compiled), launch.compiled.metadata.shared)
-    latency = device.memory_latency if hbm else device.l2_latency
-    cycles, under_way = alone(run, latency * device.clock)
+    cycles, under_way = alone(run, device, from_memory)
     pipes = pipe_cycles(run)
 
     def wave(programs: int) -> tuple[float, str]:

@@ -15,6 +15,7 @@ import ctypes
 import functools
 import linecache
 import math
+import pathlib
 import re
 import statistics
 from collections import Counter
@@ -151,9 +152,16 @@ class Program:
 _STATEMENT = re.compile(r"^\s*(?:@(!?%p\w*)\s+)?([a-z][\w.:]*)\s*(.*?);\s*(?://.*)?$")
 
 
+def _source_line(path: str, number: int, folder: pathlib.Path) -> str:
+    """A line of Python. Triton's cache may hold a kernel that was compiled in another checkout: the file is looked for
+    beside the kernel's own first."""
+    here = folder / pathlib.Path(path).name
+    return linecache.getline(str(here) if here.exists() else path, number).strip()
+
+
 @functools.cache
-def parse(ptx: str) -> Program:
-    """The blocks and loops of a kernel. Its code runs from the first line after `{` to the one of `}`."""
+def parse(ptx: str, folder: pathlib.Path) -> Program:
+    """The blocks and loops of a kernel whose Python is in `folder`."""
     program, files, sources, here = Program(), {}, {}, ""
     for text in ptx.splitlines():
         if named := re.match(r'\s*\.file\s+(\d+)\s+"(.*)"', text):
@@ -161,7 +169,7 @@ def parse(ptx: str) -> Program:
     for number, text in enumerate(ptx.splitlines(), 1):
         if where := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", text):
             if where.group(2) != "0":
-                here = linecache.getline(files.get(where.group(1), ""), int(where.group(2))).strip()
+                here = _source_line(files[where.group(1)], int(where.group(2)), folder)
         elif label := re.match(r"^(\$L__BB\w+):", text):
             if program.statements[-1]:
                 program.statements.append([])
@@ -327,9 +335,18 @@ def _sass_loops(code: list[Instruction]) -> list[tuple[int, int]]:
     return sorted(ends.items())
 
 
-def _asked(launch: Launch, program: Program, runs: Counter) -> list[tuple[torch.Tensor, str, float]]:
-    """(tensor, "read" or "write", bytes) of every global access in the code, over the whole launch. Lanes that a mask
-    switches off count as well."""
+@dataclass(frozen=True)
+class Access:
+    """A global load or store."""
+
+    ptx_line: int
+    tensor: torch.Tensor
+    kind: str  # "read" or "write"
+    bytes: float  # of the whole launch; lanes that a mask switches off count as well
+
+
+def _accesses(launch: Launch, program: Program, runs: Counter) -> list[Access]:
+    """Every global access in the code; its tensor is the argument that the address was made from."""
     made_from: dict[str, set[str]] = {}
     for block in program.statements:
         for statement in block:
@@ -365,7 +382,8 @@ def _asked(launch: Launch, program: Program, runs: Counter) -> list[tuple[torch.
                 )
             else:
                 continue
-            found.append((tensor(address), kind, size * 32 * launch.warps * launch.programs * runs[block]))
+            size *= 32 * launch.warps * launch.programs
+            found.append(Access(statement.line, tensor(address), kind, size * runs[block]))
     return found
 
 
@@ -376,12 +394,12 @@ class Executed:
     code: list[Instruction]
     counts: list[float]  # of each instruction
     loops: list[tuple[int | None, float]]  # of each instruction: address of its innermost loop, trips through it
-    asked: list[tuple[torch.Tensor, str, float]]  # (tensor, "read" or "write", bytes) of every access, whole launch
+    accesses: list[Access]
 
 
 def executed(launch: Launch, code: list[Instruction], known=()) -> Executed:
     """`known`: integer tensors whose values decide how far loops go (lengths)."""
-    program = parse(launch.compiled.asm["ptx"])
+    program = parse(launch.compiled.asm["ptx"], launch.folder)
     deciding = _deciding(program)
     sizes = {name: value for name, value in launch.arguments.items() if isinstance(value, int)}
     # Spread by the golden ratio: no pattern of rows and splits is in step with it.
@@ -439,4 +457,4 @@ def executed(launch: Launch, code: list[Instruction], known=()) -> Executed:
         else:  # all trips are written out
             counts.append(runs[block] / (copies(None, source.head) or 1))
     where = [(loop and loop[0], trips.get(loop, 1.0)) for loop in inner]
-    return Executed(code, counts, where, _asked(launch, program, runs))
+    return Executed(code, counts, where, _accesses(launch, program, runs))
