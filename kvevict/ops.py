@@ -308,7 +308,7 @@ def evict_slots(
         scores: [B, H, S] float32, last dimension contiguous. NaN is the worst, then -inf.
         count: slots per head. Of equal scores the higher index goes first.
         sink, recent: so many first and last slots are never given.
-        lengths: [B] int32 or int64, valid tokens of each request.
+        lengths: [B] int32 or int64, valid tokens of each request; or [B, H], of each head, 0 allowed.
 
     Returns:
         [B, H, count] int64, ascending; -1 at the end where a ragged row has fewer unprotected tokens.
@@ -332,11 +332,12 @@ def evict_slots(
 
 def topk_indices(
     scores: Tensor,
-    keep: int | float,
+    keep: int | float | Tensor,
     *,
     sink: int = 0,
     recent: int = 0,
     heads: str = "each",
+    floor: float = 0.2,
     lengths: Tensor | None = None,
 ) -> Tensor:
     """The tokens to keep: the protected ones, then the best scores, ties to the lower index.
@@ -345,20 +346,48 @@ def topk_indices(
         scores: [B, H, S] float32, last dimension contiguous. NaN ranks below -inf; -0.0 equals 0.0.
         keep: an int, tokens; or a float in (0, 1], a share of the row, rounded to the nearest integer (half up), at
             least 1. A ragged row takes the share of its own length, or all of it if it is shorter than an int keep.
+            Or with heads="each" an int32 or int64 tensor [B, H], tokens of every head, at least 1 (0 where there is no
+            token); a head with fewer keeps all of them.
         sink, recent: so many first and last tokens are kept whatever their score. A ragged row that keeps fewer than
             sink + recent tokens keeps its sinks, then its most recent.
-        heads: "each" selects per KV head; "shared" averages the scores over KV heads and keeps the same tokens in all.
-        lengths: [B] int32 or int64, valid tokens of each request.
+        heads: "each" selects per KV head; "shared" averages the scores over KV heads and keeps the same tokens in all;
+            "adaptive" (AdaKV, arXiv 2407.11550) keeps n tokens of a head on average: each head its protected tokens
+            and its best up to `floor`, then the best scores of all heads, ties to the lower head. Layers may be
+            stacked as more heads.
+        floor: of heads="adaptive", in [0, 1]: the share of n (rounded half up) that every head keeps at least.
+        lengths: [B] int32 or int64, valid tokens of each request; or [B, H], of each head, 0 allowed. Adaptive, heads
+            shorter than `keep` leave the rest of it to others, and a float keep is the share of each head's own length.
 
     Returns:
-        [B, H, n] int64 in ascending order, n = keep of S tokens; -1 beyond what a ragged row keeps.
+        [B, H, m] int64 in ascending order, -1 beyond what a row keeps. m is n, keep of S tokens; S for a tensor;
+        adaptive, the most that one head can keep beside the others' floors (beside none where they may be shorter).
 
     Raises:
-        TypeError, ValueError: see the module; values of `lengths` on a GPU are asserted on the device.
+        TypeError, ValueError: see the module; values of `lengths` and `keep` on a GPU are asserted on the device.
     """
     scores = validate.scores(scores)
-    n, lengths, keep_lengths = _check_selection(scores, keep, sink, recent, heads, lengths)
-    return _topk(scores, n, keep_lengths, sink, recent, heads, lengths, trusted=False)
+    validate.one_of("heads", heads, ("each", "shared", "adaptive"))
+    B, H, S = scores.shape
+    if isinstance(keep, Tensor):
+        keep = validate.tensor("keep", keep, 2, (torch.int32, torch.int64), scores)
+        if keep.shape != (B, H) or heads != "each":
+            raise ValueError(f"keep has shape {tuple(keep.shape)}: expected ({B}, {H}) and heads='each'")
+        validate.integer("sink", sink, 0)
+        validate.integer("recent", recent, 0)
+        lengths = None if lengths is None else validate.lengths(lengths, scores)
+        return _topk(scores, S, keep, sink, recent, heads, lengths, trusted=False)
+    if heads != "adaptive":
+        n, lengths, keep_lengths = _check_selection(scores, keep, sink, recent, heads, lengths)
+        return _topk(scores, n, keep_lengths, sink, recent, heads, lengths, trusted=False)
+    n, lengths, keep_lengths = _check_selection(scores, keep, sink, recent, "each", lengths)
+    floor = validate.number("floor", floor)
+    if not 0.0 <= floor <= 1.0:
+        raise ValueError(f"floor is {floor}: expected a number from 0 to 1")
+    if not isinstance(keep, float):
+        keep_lengths = (
+            None  # a request's total is what its heads hold, at most: a short head leaves its share to others
+        )
+    return _topk(scores, n, keep_lengths, sink, recent, heads, lengths, trusted=False, floor=floor)
 
 
 def compact(
@@ -542,11 +571,22 @@ def _pool(scores: Tensor, kernel_size: int, mode: str) -> Tensor:
     return out
 
 
-def _topk(scores, n: int, keep_lengths, sink: int, recent: int, heads: str, lengths, trusted: bool) -> Tensor:
-    B, H, _ = scores.shape
+def _topk(
+    scores, n: int, keep_lengths, sink: int, recent: int, heads: str, lengths, trusted: bool, clear=None, floor=0.2
+) -> Tensor:
+    """clear: int32, filled with zeros along the way: flags that the move after it wants."""
+    B, H, S = scores.shape
+    if heads == "adaptive":
+        p, q = validate.keep_fraction(floor)
+        least = max(sink + recent, (2 * p * n + q) // (2 * q))
+        # The most that one head keeps, beside the others' least; which may be nothing where heads have own lengths.
+        m = min(S, H * n if lengths is not None and lengths.ndim == 2 else H * n - (H - 1) * least)
+        out = torch.empty((B, H, m), dtype=torch.int64, device=scores.device)
+        torch.ops.kvevict.topk_adaptive(scores, n, keep_lengths, p, q, sink, recent, lengths, trusted, out, clear)
+        return out
     shared = heads == "shared"
     out = torch.empty((B, 1 if shared else H, n), dtype=torch.int64, device=scores.device)
-    torch.ops.kvevict.topk_indices(scores, keep_lengths, sink, recent, shared, lengths, trusted, out)
+    torch.ops.kvevict.topk_indices(scores, keep_lengths, sink, recent, shared, lengths, trusted, out, clear)
     return out.expand(B, H, n)
 
 

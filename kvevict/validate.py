@@ -203,6 +203,14 @@ def lengths_within(lengths: Tensor | None, S: int) -> None:
         require(((lengths >= 1) & (lengths <= S)).all(), "lengths", lengths, f"values from 1 to {S}")
 
 
+def counts_positive(keep: Tensor | None, lengths: Tensor | None) -> None:
+    """A caller's counts, keep [B, H], are at least 1, or 0 for a head without a token."""
+    if keep is None or keep.ndim == 1:
+        return
+    least = 1 if lengths is None else (lengths if lengths.ndim == 2 else lengths[:, None]).clamp(max=1)
+    require((keep >= least).all(), "keep", keep, "counts of at least 1, or 0 for a head without a token")
+
+
 def blocks_valid(table: Tensor, lengths: Tensor, cache: Tensor, written: bool) -> None:
     """Every block that holds a token is one of the cache [blocks, H, block_size, D]; written: and of one request."""
     blocks, _, block_size, _ = cache.shape
