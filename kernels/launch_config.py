@@ -74,25 +74,26 @@ def score_config(
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """`splits == 1`: one program per row does everything. Otherwise one program per run of `chunk` tokens."""
+    """`held` > 0: one program holds all keys of a row. Otherwise `splits` runs of `chunk` tokens, a program each."""
 
+    held: int
     splits: int
     chunk: int
-    block: int = 4096  # enough scores per merge of the warps' histograms in shared memory
-    num_warps: int = 16  # 8 scores a thread; with 8 warps the row kernel needs more than 128 registers and spills
+    # 8 scores a thread: a step of 4,096 would need more than 128 registers, and two rows not fit on a multiprocessor.
+    block: int = 2048
+    num_warps: int = 8
 
 
-MAX_SELECT_SPLITS = 32  # 32 × 256 digit counts are what one program of 16 warps holds in 16 registers a thread
+MAX_SELECT_SPLITS = 32  # every program adds up the 256 counts of all runs, 16 loads at a time
 
 
 def select_config(rows: int, tokens: int, multiprocessors: int) -> SelectConfig:
-    block = SelectConfig.block
-    # One launch beats five while a row is short; with a row for every multiprocessor a split gains nothing.
-    if tokens <= 2 * block or rows >= multiprocessors:
-        return SelectConfig(1, tokens)
-    wanted = min(cdiv(2 * multiprocessors, rows), MAX_SELECT_SPLITS)
-    chunk = cdiv(cdiv(tokens, wanted), block) * block
-    return SelectConfig(cdiv(tokens, chunk), chunk)
+    if tokens <= 8192:  # 32 keys a thread
+        return SelectConfig(4096 if tokens <= 4096 else 8192, 1, tokens)
+    # All programs of a launch that waits at barriers must run at once: no more than one on each multiprocessor.
+    wanted = max(1, min(multiprocessors // rows, MAX_SELECT_SPLITS))
+    chunk = cdiv(cdiv(tokens, wanted), SelectConfig.block) * SelectConfig.block
+    return SelectConfig(0, cdiv(tokens, chunk), chunk)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,14 @@ def _check_lengths(lengths, keys, table, written: bool = False) -> None:
         _checked[by] = _Checked(weakref.ref(lengths), stamp, written)
 
 
+def _check_written(keys, values, table, lengths, key_scales, value_scales) -> None:
+    """What is written in place shares no memory, neither by strides nor by blocks."""
+    named = {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
+    validate.written_apart({name: rows for name, rows in named.items() if rows is not None})
+    if table is not None:
+        _check_lengths(lengths, keys, table, written=True)
+
+
 def _check_indices(indices, keys, table, lengths) -> None:
     """Values of the caller's indices and lengths. What moves within shared blocks must be as many in every head."""
     validate.indices_ascend(indices, cache_rows(keys, table)[2] if lengths is None else lengths)
@@ -114,12 +122,26 @@ def _keydiff_scores_op(keys, anchor, unit, lengths, out, table=None):
 
 @_custom_op(
     "topk_indices(Tensor scores, Tensor? keep_lengths, SymInt sink, SymInt recent, bool shared, Tensor? lengths, "
-    "bool trusted, Tensor(a!) out) -> ()"
+    "bool trusted, Tensor(a!) out, Tensor(b!)? clear=None) -> ()"
 )
-def _topk_indices_op(scores, keep_lengths, sink, recent, shared, lengths, trusted, out):
+def _topk_indices_op(scores, keep_lengths, sink, recent, shared, lengths, trusted, out, clear=None):
     if not trusted:
         _check_lengths(lengths, scores[..., None], None)
-    _run("topk_indices", scores.device, scores, keep_lengths, sink, recent, shared, lengths, out)
+        validate.counts_positive(keep_lengths, lengths)
+    _run("topk_indices", scores.device, scores, keep_lengths, sink, recent, shared, lengths, out, clear)
+
+
+@_custom_op(
+    "topk_adaptive(Tensor scores, SymInt n, Tensor? keep_lengths, SymInt floor_p, SymInt floor_q, SymInt sink, "
+    "SymInt recent, Tensor? lengths, bool trusted, Tensor(a!) out, Tensor(b!)? clear=None) -> ()"
+)
+def _topk_adaptive_op(
+    scores, n, keep_lengths, floor_p, floor_q, sink, recent, lengths, trusted, out, clear=None
+):  # fmt: skip
+    if not trusted:
+        _check_lengths(lengths, scores[..., None], None)
+    floor = (floor_p, floor_q)
+    _run("topk_adaptive", scores.device, scores, n, keep_lengths, floor, sink, recent, lengths, out, clear)
 
 
 @_custom_op(
@@ -131,10 +153,7 @@ def _move_rows_op(
     keys, values, indices, slots, trusted, table=None, lengths=None, from_end=False, key_scales=None, value_scales=None
 ):  # fmt: skip
     """slots: filled with the token that each slot then holds, for the fewest moves; None keeps their order."""
-    named = {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
-    validate.written_apart({name: rows for name, rows in named.items() if rows is not None})
-    if table is not None:
-        _check_lengths(lengths, keys, table, written=True)
+    _check_written(keys, values, table, lengths, key_scales, value_scales)
     if not trusted:
         _check_indices(indices, keys, table, lengths)
     moves = _from_end(indices, lengths) if from_end else indices
@@ -143,6 +162,27 @@ def _move_rows_op(
         moves = slots
     ends = lengths if from_end else None
     _run("move_rows", keys.device, keys, values, moves, slots is None, table, ends, None, key_scales, value_scales)
+
+
+@_custom_op(
+    "topk_move(Tensor scores, Tensor? keep_lengths, SymInt sink, SymInt recent, bool shared, Tensor? lengths, "
+    "Tensor(a!) indices, Tensor(b!) keys, Tensor(c!) values, Tensor? table=None, bool from_end=False, "
+    "Tensor(d!)? key_scales=None, Tensor(e!)? value_scales=None) -> ()"
+)
+def _topk_move_op(
+    scores, keep_lengths, sink, recent, shared, lengths, indices, keys, values, table=None, from_end=False,
+    key_scales=None, value_scales=None,
+):  # fmt: skip
+    """topk_indices, then move_rows in order: the selection clears the flags of the move, which saves it a launch."""
+    _check_written(keys, values, table, lengths, key_scales, value_scales)
+    validate.counts_positive(keep_lengths, lengths)
+    B, H, _ = scores.shape
+    slots = indices.expand(B, H, -1)
+    flags = torch.empty(pick(keys.device).move_flags(slots, keys, values), dtype=torch.int32, device=keys.device)
+    _run("topk_indices", keys.device, scores, keep_lengths, sink, recent, shared, lengths, indices, flags)
+    ends = lengths if from_end else None
+    moves = _from_end(slots, lengths) if from_end else slots
+    _run("move_rows", keys.device, keys, values, moves, True, table, ends, flags, key_scales, value_scales)
 
 
 @_custom_op(

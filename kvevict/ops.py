@@ -356,11 +356,12 @@ def evict_slots(
 
 def topk_indices(
     scores: Tensor,
-    keep: int | float,
+    keep: int | float | Tensor,
     *,
     sink: int = 0,
     recent: int = 0,
     heads: str = "each",
+    floor: float = 0.2,
     lengths: Tensor | None = None,
 ) -> Tensor:
     """The tokens to keep: the protected ones, then the best scores, ties to the lower index.
@@ -369,22 +370,45 @@ def topk_indices(
         scores: [B, H, S] float32, last dimension contiguous. NaN ranks below -inf; -0.0 equals 0.0.
         keep: an int, tokens; or a float in (0, 1], a share of the row, rounded to the nearest integer (half up), at
             least 1. A ragged row takes the share of its own length, or all of it if it is shorter than an int keep.
+            Or with heads="each" an int32 or int64 tensor [B, H], tokens of every head, at least 1 (0 where there is no
+            token); a head with fewer keeps all of them.
         sink, recent: so many first and last tokens are kept whatever their score. A ragged row that keeps fewer than
             sink + recent tokens keeps its sinks, then its most recent.
-        heads: "each" selects per KV head; "shared" averages the scores over KV heads and keeps the same tokens in all.
-        lengths: [B] or [B, H], see the module.
-
-    Returns:
-        [B, H, n] int64 in ascending order, n = keep of S tokens; -1 beyond what a ragged row keeps.
-
-    Raises:
-        TypeError, ValueError: see the module; values of `lengths` on a GPU are asserted on the device.
-    """
-    scores = validate.scores(scores)
     B, H, S = scores.shape
     lengths = None if lengths is None else validate.lengths(lengths, B, H, scores)
-    n, keep_lengths = _check_selection(S, keep, sink, recent, heads, lengths)
-    return _topk(scores, n, keep_lengths, sink, recent, heads, lengths, trusted=False)
+    n, kept = _check_selection((B, H, S), keep, sink, recent, heads, lengths, floor)
+    return _topk(scores, n, kept, sink, recent, heads, lengths, trusted=False, floor=floor)
+
+    Returns:
+        [B, H, m] int64 in ascending order, -1 beyond what a row keeps. m is n, keep of S tokens; S for a tensor;
+        adaptive, the most that one head can keep beside the others' floors (beside none where they may be shorter).
+
+    Raises:
+        TypeError, ValueError: see the module; values of `lengths` and `keep` on a GPU are asserted on the device.
+    """
+    scores = validate.scores(scores)
+    validate.one_of("heads", heads, ("each", "shared", "adaptive"))
+    B, H, S = scores.shape
+    if isinstance(keep, Tensor):
+        keep = validate.tensor("keep", keep, 2, (torch.int32, torch.int64), scores)
+        if keep.shape != (B, H) or heads != "each":
+            raise ValueError(f"keep has shape {tuple(keep.shape)}: expected ({B}, {H}) and heads='each'")
+        validate.integer("sink", sink, 0)
+        validate.integer("recent", recent, 0)
+        lengths = None if lengths is None else validate.lengths(lengths, scores)
+        return _topk(scores, S, keep, sink, recent, heads, lengths, trusted=False)
+    if heads != "adaptive":
+        n, lengths, keep_lengths = _check_selection(scores, keep, sink, recent, heads, lengths)
+        return _topk(scores, n, keep_lengths, sink, recent, heads, lengths, trusted=False)
+    n, lengths, keep_lengths = _check_selection(scores, keep, sink, recent, "each", lengths)
+    floor = validate.number("floor", floor)
+    if not 0.0 <= floor <= 1.0:
+        raise ValueError(f"floor is {floor}: expected a number from 0 to 1")
+    if not isinstance(keep, float):
+        keep_lengths = (
+            None  # a request's total is what its heads hold, at most: a short head leaves its share to others
+        )
+    return _topk(scores, n, keep_lengths, sink, recent, heads, lengths, trusted=False, floor=floor)
 
 
 def compact(
@@ -415,10 +439,11 @@ def keydiff_compact(
     keys: Tensor,
     values: Tensor,
     *,
-    keep: int | float,
+    keep: int | float | Tensor,
     sink: int = 0,
     recent: int = 0,
     heads: str = "each",
+    floor: float = 0.2,
     anchor: str | Tensor = "unit",
     lengths: Tensor | None = None,
     inplace: bool = True,
@@ -429,11 +454,12 @@ def keydiff_compact(
     Arguments, shapes and errors as there. The paper protects nothing; most users want `sink=4`.
     """
     cache = _dense(keys, lengths, values)
-    n, kept = _check_selection(cache.shape[2], keep, sink, recent, heads, cache.lengths)
+    n, kept = _check_selection(cache.shape[:3], keep, sink, recent, heads, cache.lengths, floor)
     _check_anchor(anchor, cache)
     _check_flags(inplace, preserve_order)
-    indices = _topk(_scores(cache, anchor), n, kept, sink, recent, heads, cache.lengths, trusted=True)
-    return _compact(cache, indices, inplace, preserve_order, kept, trusted=True)
+    return _select_and_compact(
+        cache, _scores(cache, anchor), n, kept, sink, recent, heads, floor, inplace, preserve_order
+    )
 
 
 def attention_compact(
@@ -441,7 +467,7 @@ def attention_compact(
     keys: Tensor,
     values: Tensor,
     *,
-    keep: int | float,
+    keep: int | float | Tensor,
     lse: Tensor | None = None,
     reduce: str = "mean",
     normalize: str | None = None,
@@ -449,6 +475,7 @@ def attention_compact(
     sink: int = 0,
     recent: int = 0,
     heads: str = "each",
+    floor: float = 0.2,
     lengths: Tensor | None = None,
     inplace: bool = True,
     preserve_order: bool = True,
@@ -460,15 +487,14 @@ def attention_compact(
     `recent`.
     """
     cache = _dense(keys, lengths, values)
-    n, kept = _check_selection(cache.shape[2], keep, sink, recent, heads, cache.lengths)
+    n, kept = _check_selection(cache.shape[:3], keep, sink, recent, heads, cache.lengths, floor)
     _check_flags(inplace, preserve_order)
     if pool is not None:
         _check_pool("pool", pool)
     scores = _mass(cache, queries, None, lse, True, reduce, normalize)
     if pool is not None:
         scores = _pool(scores, pool, "avg")
-    indices = _topk(scores, n, kept, sink, recent, heads, cache.lengths, trusted=True)
-    return _compact(cache, indices, inplace, preserve_order, kept, trusted=True)
+    return _select_and_compact(cache, scores, n, kept, sink, recent, heads, floor, inplace, preserve_order)
 
 
 def _dense(keys: Tensor, lengths: Tensor | None, values: Tensor | None = None, dtypes=validate.FLOAT_DTYPES) -> _Cache:
@@ -530,14 +556,32 @@ def _check_anchor(anchor: str | Tensor, cache: _Cache) -> None:
 
 
 def _check_selection(
-    S: int, keep: int | float, sink: int, recent: int, heads: str, lengths: Tensor | None
+    shape: tuple[int, int, int],
+    keep: int | float | Tensor,
+    sink: int,
+    recent: int,
+    heads: str,
+    lengths: Tensor | None,
+    floor: float = 0.2,
 ) -> tuple[int, Tensor | None]:
-    """n, and what each row keeps where there are lengths, of a selection from S tokens."""
-    validate.one_of("heads", heads, ("each", "shared"))
+    """n, and what each row keeps where it is not n, of a selection from scores [B, H, S]."""
+    B, H, S = shape
+    validate.one_of("heads", heads, ("each", "shared", "adaptive"))
+    if not 0.0 <= validate.number("floor", floor) <= 1.0:
+        raise ValueError(f"floor is {floor}: expected a number from 0 to 1")
     if heads == "shared" and lengths is not None and lengths.ndim == 2:
         raise ValueError("heads is 'shared': expected lengths [B], because all heads then keep the same tokens")
+    if isinstance(keep, Tensor):
+        validate.integer("sink", sink, 0)
+        validate.integer("recent", recent, 0)
+        keep = validate.counts("keep", keep, B, H, keep)
+        if heads != "each" or keep.ndim == 1:
+            raise ValueError(f"keep has shape {tuple(keep.shape)} and heads is {heads!r}: expected ({B}, {H}), 'each'")
+        return S, keep.long().clamp(max=S) if lengths is None else validate.kept_lengths(keep, lengths)
     n = validate.kept_tokens(keep, S, sink, recent)
-    return n, None if lengths is None else validate.kept_lengths(keep, lengths)
+    if lengths is None or (heads == "adaptive" and not isinstance(keep, float)):
+        return n, None  # adaptive: a head that is shorter than n leaves the rest to others
+    return n, validate.kept_lengths(keep, lengths)
 
 
 # From here on inputs are valid, but for tensor values: `trusted` says that an earlier op has checked those.
@@ -597,12 +641,56 @@ def _pool(scores: Tensor, kernel_size: int, mode: str) -> Tensor:
     return out
 
 
-def _topk(scores, n: int, keep_lengths, sink: int, recent: int, heads: str, lengths, trusted: bool) -> Tensor:
-    B, H, _ = scores.shape
+def _topk(
+    scores, n: int, keep_lengths, sink: int, recent: int, heads: str, lengths, trusted: bool, clear=None, floor=0.2
+) -> Tensor:
+    """clear: int32, filled with zeros along the way: flags that the move after it wants."""
+    B, H, S = scores.shape
+    if heads == "adaptive":
+        p, q = validate.share(floor), validate.WHOLE
+        least = max(sink + recent, (2 * p * n + q) // (2 * q))
+        # The most that one head keeps, beside the others' least; which may be nothing where heads have own lengths.
+        m = min(S, H * n if lengths is not None and lengths.ndim == 2 else H * n - (H - 1) * least)
+        out = torch.empty((B, H, m), dtype=torch.int64, device=scores.device)
+        torch.ops.kvevict.topk_adaptive(scores, n, keep_lengths, p, q, sink, recent, lengths, trusted, out, clear)
+        return out
     shared = heads == "shared"
     out = torch.empty((B, 1 if shared else H, n), dtype=torch.int64, device=scores.device)
-    torch.ops.kvevict.topk_indices(scores, keep_lengths, sink, recent, shared, lengths, trusted, out)
+    torch.ops.kvevict.topk_indices(scores, keep_lengths, sink, recent, shared, lengths, trusted, out, clear)
     return out.expand(B, H, n)
+
+
+def _topk_move(cache: _Cache, scores, n: int, kept, sink: int, recent: int, heads: str, *where) -> Tensor:
+    """Select and move in order, in place, in one op: the selection clears the move's flags. where: from_end, scales."""
+    B, H, _ = scores.shape
+    indices = torch.empty((B, 1 if heads == "shared" else H, n), dtype=torch.int64, device=scores.device)
+    torch.ops.kvevict.topk_move(
+        scores,
+        kept,
+        sink,
+        recent,
+        heads == "shared",
+        cache.lengths,
+        indices,
+        cache.keys,
+        cache.values,
+        cache.table,
+        *where,
+    )
+    return indices.expand(B, H, n)
+
+
+def _select_and_compact(
+    cache: _Cache, scores, n: int, kept, sink: int, recent: int, heads: str, floor: float, inplace, preserve_order
+) -> Compacted:
+    _check_flags(inplace, preserve_order)
+    if inplace and preserve_order and heads != "adaptive":
+        indices = _topk_move(cache, scores, n, kept, sink, recent, heads)
+        return Compacted(cache.keys[:, :, :n], cache.values[:, :, :n], indices, kept)
+    indices = _topk(scores, n, kept, sink, recent, heads, cache.lengths, trusted=True, floor=floor)
+    if heads == "adaptive":
+        kept = (indices >= 0).sum(-1)
+    return _compact(cache, indices, inplace, preserve_order, kept, trusted=True)
 
 
 def _compact(

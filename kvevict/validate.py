@@ -148,15 +148,15 @@ def like_scores(name: str, value: object, dtype: torch.dtype, shape: tuple[int, 
     return value
 
 
-_WHOLE = 10**12
+WHOLE = 10**12
 
 
-def _share(keep: float) -> int:
-    """A float keep in units of 10⁻¹², the decimal that it was written as: 0.145 is 29/200, not 0.14499999999999999.
+def share(keep: float) -> int:
+    """A float from 0 to 1 in units of 10⁻¹²: the decimal that it was written as, 0.145 and not 0.14499999999999999.
 
     In int64 that leaves room for 4.6 million tokens. Arithmetic alone, so that torch.compile can trace it.
     """
-    return int(keep * _WHOLE + 0.5)
+    return int(keep * WHOLE + 0.5)
 
 
 def kept_tokens(keep: int | float, S: int, sink: int, recent: int) -> int:
@@ -168,7 +168,7 @@ def kept_tokens(keep: int | float, S: int, sink: int, recent: int) -> int:
     if isinstance(keep, float):
         if not 0.0 < keep <= 1.0:  # NaN is refused, too
             raise ValueError(f"keep is {keep}: expected a float in (0, 1], or an int number of tokens")
-        n = max((2 * _share(keep) * S + _WHOLE) // (2 * _WHOLE), 1)
+        n = max((2 * share(keep) * S + WHOLE) // (2 * WHOLE), 1)
     else:
         if not 1 <= keep <= S:
             raise ValueError(f"keep is {keep}: expected an int from 1 to {S}, the number of tokens")
@@ -183,8 +183,8 @@ def kept_lengths(keep: int | float | Tensor, lengths: Tensor) -> Tensor:
     keeps no more than it has. Integers only, so every device rounds alike."""
     lengths = lengths.long()
     if isinstance(keep, float):
-        share = (lengths * (2 * _share(keep)) + _WHOLE) // (2 * _WHOLE)
-        return torch.minimum(share.clamp(min=1), lengths)
+        kept = (lengths * (2 * share(keep)) + WHOLE) // (2 * WHOLE)
+        return torch.minimum(kept.clamp(min=1), lengths)
     if isinstance(keep, Tensor):
         return torch.minimum(keep.long(), lengths if lengths.ndim == keep.ndim else lengths[:, None])
     return lengths.clamp(max=keep)
@@ -252,6 +252,14 @@ def rows_in_range(ok: Tensor, lengths: Tensor, S: int, table: Tensor | None, blo
         expected = f"blocks from 0 to {blocks - 1} wherever a request has tokens"
         raise ValueError(f"block_tables is {table.tolist() if table.numel() <= 64 else table}: expected {expected}")
     require(ok[0], "lengths or block_tables", lengths, f"lengths up to {S}, blocks from 0 to {blocks - 1}")
+
+
+def counts_positive(keep: Tensor | None, lengths: Tensor | None) -> None:
+    """A caller's counts, keep [B, H], are at least 1, or 0 for a head without a token."""
+    if keep is None or keep.ndim == 1:
+        return
+    least = 1 if lengths is None else (lengths if lengths.ndim == 2 else lengths[:, None]).clamp(max=1)
+    require((keep >= least).all(), "keep", keep, "counts of at least 1, or 0 for a head without a token")
 
 
 def blocks_apart(table: Tensor, lengths: Tensor, blocks: int, block_size: int) -> None:

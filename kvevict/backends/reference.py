@@ -2,7 +2,7 @@
 
 Shapes: keys [B, H, S, D], values [B, H, S, Dv], queries [B, Hq, W, D], scores [B, H, S] float32, indices and slots
 [B, H, n] int64 with -1 as padding, lengths [B] (tokens of each request) and keep_lengths [B] (how many of them it
-keeps), or None.
+keeps), or None. Selection takes both as [B, H] as well: each head has its own.
 """
 
 import itertools
@@ -26,6 +26,7 @@ __all__ = [
     "move_flags",
     "move_rows",
     "pool_scores",
+    "topk_adaptive",
     "topk_indices",
 ]
 
@@ -229,6 +230,14 @@ def pool_scores(scores: Tensor, kernel_size: int, average: bool, out: Tensor) ->
     out.copy_(pooled.masked_fill(padding, float("-inf")))
 
 
+def _per_head(counts: Tensor | None, default: int, scores: Tensor) -> Tensor:
+    """[B, H, 1] int64: counts [B] or [B, H], or the same for all."""
+    B, H, _ = scores.shape
+    if counts is None:
+        counts = torch.tensor([default], device=scores.device)
+    return (counts.long() if counts.ndim == 2 else counts.long()[:, None]).expand(B, H)[..., None]
+
+
 def topk_indices(
     scores: Tensor,
     keep_lengths: Tensor | None,
@@ -237,19 +246,21 @@ def topk_indices(
     shared: bool,
     lengths: Tensor | None,
     out: Tensor,
+    clear: Tensor | None = None,
 ) -> None:
-    """Per row: the protected tokens, then the best scores, ties to the lower index; written in ascending order."""
+    """Per row: the protected tokens, then the best scores, ties to the lower index; written in ascending order.
+    `clear` is zeroed: a kernel does that along the way."""
+    if clear is not None:
+        clear.zero_()
     if shared:  # added in head order: float32 sums depend on it
         total = scores[:, :1].clone()
         for h in range(1, scores.shape[1]):
             total += scores[:, h : h + 1]
         scores = total / scores.shape[1]
-    B, H, S = scores.shape
-    n = out.shape[2]
+    S, n = scores.shape[2], out.shape[2]
     positions = torch.arange(S, device=scores.device)
-    whole = torch.full((B,), S, device=scores.device)
-    lengths = (whole if lengths is None else lengths.long())[:, None, None]
-    kept = (whole.clamp(max=n) if keep_lengths is None else keep_lengths.long())[:, None, None]
+    lengths = _per_head(lengths, S, scores)
+    kept = _per_head(keep_lengths, n, scores).minimum(lengths)
     sinks = kept.clamp(max=sink)  # a row that cannot keep sink + recent tokens keeps its sinks first
     recents = torch.minimum(kept - sinks, torch.tensor(recent, device=scores.device))
 
@@ -264,18 +275,60 @@ def topk_indices(
     out.copy_(chosen.masked_fill(chosen == S, -1))
 
 
+def _best_first(row: Tensor) -> Tensor:
+    """Indices of a row [S], the best score first, NaN last, ties in order."""
+    order = row.masked_fill(row.isnan(), 0.0).sort(descending=True, stable=True)[1]
+    return order[row[order].isnan().int().sort(stable=True)[1]]
+
+
+def topk_adaptive(
+    scores: Tensor,
+    n: int,
+    keep_lengths: Tensor | None,
+    floor: tuple[int, int],
+    sink: int,
+    recent: int,
+    lengths: Tensor | None,
+    out: Tensor,
+    clear: Tensor | None = None,
+) -> None:
+    """Per request: every head's protected tokens and its best up to its floor, the share `floor` (numerator,
+    denominator) of what it may keep (n, or keep_lengths); then the best of all heads that are left, ties to the lower
+    head, until the request keeps what its heads may keep together."""
+    if clear is not None:
+        clear.zero_()
+    B, H, S = scores.shape
+    p, q = floor
+    out.fill_(-1)
+    held, may_keep = _per_head(lengths, S, scores)[..., 0].tolist(), _per_head(keep_lengths, n, scores)[..., 0].tolist()
+    for b in range(B):
+        kept = torch.zeros(H, S, dtype=torch.bool, device=scores.device)
+        left = min(sum(may_keep[b]), sum(held[b]))
+        for h, (length, keep) in enumerate(zip(held[b], may_keep[b], strict=True)):
+            count = min(max(sink + recent, (2 * p * keep + q) // (2 * q)), keep, length)
+            first = min(sink, count)
+            last = length - min(recent, count - first)
+            kept[h, :first] = kept[h, last:length] = True
+            unprotected = count - int(kept[h].sum())
+            kept[h, first + _best_first(scores[b, h, first:last])[:unprotected]] = True
+            left -= count
+        has_token = torch.arange(S, device=scores.device) < torch.tensor(held[b], device=scores.device)[:, None]
+        best = _best_first(scores[b].flatten())
+        best = best[(has_token & ~kept).flatten()[best]]
+        kept.view(-1)[best[:left]] = True
+        for h in range(H):
+            tokens = kept[h].nonzero()[:, 0]
+            out[b, h, : len(tokens)] = tokens
+
+
 def evict_slots(scores: Tensor, sink: int, recent: int, lengths: Tensor | None, out: Tensor) -> None:
     """Per row: the tokens that keeping the others leaves out; in ascending order, -1 where too few are unprotected."""
-    B, H, S = scores.shape
     out.fill_(-1)
-    for b in range(B):
-        length = S if lengths is None else int(lengths[b])
-        first, last = min(sink, length), max(length - recent, min(sink, length))
-        count = min(out.shape[2], last - first)
-        for h in range(H):
-            row = scores[b, h, first:last]
-            order = row.masked_fill(row.isnan(), 0.0).sort(descending=True, stable=True)[1]
-            order = order[row[order].isnan().int().sort(stable=True)[1]]  # NaN behind -inf
+    for b, of_heads in enumerate(_per_head(lengths, scores.shape[2], scores)[..., 0].tolist()):
+        for h, length in enumerate(of_heads):
+            first, last = min(sink, length), max(length - recent, min(sink, length))
+            count = min(out.shape[2], last - first)
+            order = _best_first(scores[b, h, first:last])
             out[b, h, :count] = first + order[len(order) - count :].sort()[0]
 
 

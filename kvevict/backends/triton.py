@@ -8,7 +8,7 @@ from kvevict.kernels.score_attention import attention_lse, attention_mass
 from kvevict.kernels.score_keydiff import keydiff_scores
 from kvevict.kernels.score_mlp import mlp_scores
 from kvevict.kernels.score_norm import key_norm_scores
-from kvevict.kernels.select_topk import evict_slots, topk_indices
+from kvevict.kernels.select_topk import evict_slots, topk_adaptive, topk_indices
 
 __all__ = [
     "attention_lse",
@@ -24,5 +24,6 @@ __all__ = [
     "move_flags",
     "move_rows",
     "pool_scores",
+    "topk_adaptive",
     "topk_indices",
 ]

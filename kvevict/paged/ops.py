@@ -56,23 +56,29 @@ def _paged(
     return ops._Cache(keys, values, table, validate.lengths(lengths, table.shape[0], H, keys))
 
 
-def _check_selection(keep, cache: ops._Cache, sink: int, recent: int, heads: str) -> tuple[int, Tensor]:
+def _check_selection(
+    keep, cache: ops._Cache, sink: int, recent: int, heads: str, floor: float
+) -> tuple[int, Tensor | None]:
     """n, the most that any request can keep, and what each one keeps."""
     B, H, S, _ = cache.shape
     lengths = cache.lengths
-    assert lengths is not None
-    if isinstance(keep, Tensor):
+    assert lengths is not None and cache.table is not None
+    if cache.table.ndim == 2:
+        expected = (
+            "as the heads of a request share their blocks; a table for each head, [B, kv_heads, max_blocks], lifts it"
+        )
+        if heads == "adaptive":
+            raise ValueError(f"heads is 'adaptive': expected 'each' or 'shared', {expected}")
+        if isinstance(keep, Tensor) and keep.ndim == 2:
+            raise ValueError(f"keep has shape {tuple(keep.shape)}: expected ({B},), {expected}")
+    if isinstance(keep, Tensor) and keep.ndim < 2:
         keep = validate.counts("keep", keep, B, H, lengths)
-        if keep.ndim == 2 and (cache.table is None or cache.table.ndim == 2):
-            raise ValueError(f"keep has shape {tuple(keep.shape)}: expected ({B},), as heads share their blocks")
         validate.require((keep >= 1).all(), "keep", keep, "at least 1 token for each request")
-        ops._check_selection(S, S, sink, recent, heads, lengths)
+        ops._check_selection((B, H, S), S, sink, recent, heads, lengths)
         return S, validate.kept_lengths(keep, lengths)
     if isinstance(keep, int) and not isinstance(keep, bool):
         keep = min(keep, S)  # every request may be shorter than what it could keep
-    n, kept = ops._check_selection(S, keep, sink, recent, heads, lengths)
-    assert kept is not None
-    return n, kept
+    return ops._check_selection((B, H, S), keep, sink, recent, heads, lengths, floor)
 
 
 def paged_scores(key_cache: Tensor, block_tables: Tensor, lengths: Tensor, *, anchor: str | Tensor = "unit") -> Tensor:
@@ -207,18 +213,23 @@ def _compact(
     cache: ops._Cache, indices: Tensor, kept: Tensor | None, to: str, preserve_order: bool, scales, trusted: bool
 ) -> PagedCompacted:
     """From here on inputs are valid, but for tensor values. kept: how many indices each row has, where it is known."""
-    keys, values, table, lengths = cache
-    assert table is not None and lengths is not None
     slots = None if preserve_order else torch.empty(indices.shape, dtype=torch.int64, device=indices.device)
-    from_end = to == "tail"
-    torch.ops.kvevict.move_rows(keys, values, indices, slots, trusted, table, lengths, from_end, *scales)
+    torch.ops.kvevict.move_rows(
+        cache.keys, cache.values, indices, slots, trusted, cache.table, cache.lengths, to == "tail", *scales
+    )
     if kept is None:
         kept = (indices >= 0).sum(-1)
-        kept = kept if table.ndim == 3 else kept[:, 0]
+    return _left(cache, kept if cache.table is not None and cache.table.ndim == 3 or kept.ndim == 1 else kept[:, 0], to)
+
+
+def _left(cache: ops._Cache, kept: Tensor, to: str) -> PagedCompacted:
+    """What a move has left of the rows' lengths and blocks."""
+    table, lengths = cache.table, cache.lengths
+    assert table is not None and lengths is not None
     held, before = (x.view(*x.shape, *(1,) * (table.ndim - x.ndim)) for x in (kept, lengths))
-    block_size = keys.shape[2]
+    block_size = cache.keys.shape[2]
     columns = torch.arange(table.shape[-1], device=table.device)
-    if from_end:
+    if to == "tail":
         free = columns < (before - held) // block_size
     else:
         used = (before + block_size - 1) // block_size
@@ -236,6 +247,7 @@ def paged_keydiff_compact(
     sink: int = 0,
     recent: int = 0,
     heads: str = "each",
+    floor: float = 0.2,
     anchor: str | Tensor = "unit",
     to: str = "front",
     preserve_order: bool = True,
@@ -247,7 +259,7 @@ def paged_keydiff_compact(
     Args:
         keep: an int (tokens), a float (share of each request's length), or an int tensor of counts, at least 1: [B], or
             [B, H] with a table per head. A request that is shorter than what it may keep stays whole.
-        sink, recent, heads: as in `topk_indices`.
+        sink, recent, heads, floor: as in `topk_indices`; heads="adaptive" with a table per head.
         key_scales, value_scales: as in `paged_compact`. Per-token scales do not change a cosine; anchor="raw" would
             need them, and is refused.
         others: as in the functions it calls.
@@ -265,6 +277,11 @@ def paged_keydiff_compact(
     scales = _check_scales(key_scales, value_scales, cache.keys)
     if key_scales is not None and isinstance(anchor, str) and anchor == "raw":
         raise ValueError("anchor is 'raw': expected 'unit' where there are key_scales")
-    n, kept = _check_selection(keep, cache, sink, recent, heads)
-    indices = ops._topk(ops._scores(cache, anchor), n, kept, sink, recent, heads, cache.lengths, trusted=True)
-    return _compact(cache, indices, kept, to, preserve_order, scales, trusted=True)
+    n, kept = _check_selection(keep, cache, sink, recent, heads, floor)
+    scores = ops._scores(cache, anchor)
+    if preserve_order and heads != "adaptive":
+        assert kept is not None  # there are lengths
+        ops._topk_move(cache, scores, n, kept, sink, recent, heads, to == "tail", *scales)
+        return _left(cache, kept, to)
+    indices = ops._topk(scores, n, kept, sink, recent, heads, cache.lengths, trusted=True, floor=floor)
+    return _compact(cache, indices, None if heads == "adaptive" else kept, to, preserve_order, scales, trusted=True)
