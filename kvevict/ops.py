@@ -387,28 +387,10 @@ def topk_indices(
         TypeError, ValueError: see the module; values of `lengths` and `keep` on a GPU are asserted on the device.
     """
     scores = validate.scores(scores)
-    validate.one_of("heads", heads, ("each", "shared", "adaptive"))
     B, H, S = scores.shape
-    if isinstance(keep, Tensor):
-        keep = validate.tensor("keep", keep, 2, (torch.int32, torch.int64), scores)
-        if keep.shape != (B, H) or heads != "each":
-            raise ValueError(f"keep has shape {tuple(keep.shape)}: expected ({B}, {H}) and heads='each'")
-        validate.integer("sink", sink, 0)
-        validate.integer("recent", recent, 0)
-        lengths = None if lengths is None else validate.lengths(lengths, scores)
-        return _topk(scores, S, keep, sink, recent, heads, lengths, trusted=False)
-    if heads != "adaptive":
-        n, lengths, keep_lengths = _check_selection(scores, keep, sink, recent, heads, lengths)
-        return _topk(scores, n, keep_lengths, sink, recent, heads, lengths, trusted=False)
-    n, lengths, keep_lengths = _check_selection(scores, keep, sink, recent, "each", lengths)
-    floor = validate.number("floor", floor)
-    if not 0.0 <= floor <= 1.0:
-        raise ValueError(f"floor is {floor}: expected a number from 0 to 1")
-    if not isinstance(keep, float):
-        keep_lengths = (
-            None  # a request's total is what its heads hold, at most: a short head leaves its share to others
-        )
-    return _topk(scores, n, keep_lengths, sink, recent, heads, lengths, trusted=False, floor=floor)
+    lengths = None if lengths is None else validate.lengths(lengths, B, H, scores)
+    n, kept = _check_selection((B, H, S), keep, sink, recent, heads, lengths, floor)
+    return _topk(scores, n, kept, sink, recent, heads, lengths, trusted=False, floor=floor)
 
 
 def compact(

@@ -257,6 +257,11 @@ def test_opcheck():
     calls = [
         (ops.keydiff_scores.default, (keys, None, True, lengths, torch.zeros(2, 2, 20, device=DEVICE))),
         (ops.topk_indices.default, (scores, None, 1, 2, False, None, False, torch.zeros_like(indices))),
+        (
+            ops.topk_adaptive.default,
+            (scores, 10, None, 1, 5, 1, 2, None, False, torch.zeros(2, 2, 20).long().to(DEVICE)),
+        ),
+        (ops.topk_move.default, (scores, None, 1, 2, False, None, torch.zeros_like(indices), keys, values)),
         (ops.move_rows.default, (keys, values, indices, None, False)),
         (ops.move_rows.default, (keys, values, indices, torch.zeros_like(indices), False)),
         (ops.move_rows.default, (*pages, indices[:, :, :3], None, False, table, lengths, True)),
@@ -315,7 +320,10 @@ def test_opcheck():
     from kvevict.backends import reference
 
     inside = {"check_rows", "fill_holes", "move_flags"}  # parts of other ops
-    assert {op.name().partition("::")[2].partition(".")[0] for op, _ in calls} == set(reference.__all__) - inside
+    assert {op.name().partition("::")[2].partition(".")[0] for op, _ in calls} == {
+        *reference.__all__,
+        "topk_move",  # two of them in one
+    } - inside
     with kvevict.backend("reference"):
         for op, arguments in calls:
             torch.library.opcheck(op, arguments)
