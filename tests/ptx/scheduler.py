@@ -61,11 +61,11 @@ class Launch:
                     choice.forget()
                 k = choice.of([program for program, _ in live])
                 program, steps = live[k]
-                program.waits = False
+                program.access.waits = False
                 if next(steps, self) is self:  # it has ended
                     live.pop(k)
                     choice.forget()
-                waited = waited + 1 if program.waits else 0
+                waited = waited + 1 if program.access.waits else 0
                 if waited > STEPS_UNTIL_DEADLOCK * max(len(live), 1):
                     raise EmulationError(
                         f"{self.kernel.name}: deadlock, {len(live)} programs wait, {len(order)} have not started"
@@ -87,7 +87,7 @@ class _Choice:
 
     def of(self, live: list[Program]) -> int:
         if not self._shuffled:
-            return int(self._random.integers(len(live))) if live[0].waits else 0
+            return int(self._random.integers(len(live))) if live[0].access.waits else 0
         if self._steps_left == 0:
             weights = self._random.exponential(1.0, len(live)) ** 3  # some programs starve for a while
             self._sums, self._steps_left = np.cumsum(weights / weights.sum()), self.STEPS
