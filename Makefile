@@ -47,7 +47,7 @@ test: $(READY)  ## the checks of a commit; without a GPU the kernels run in Trit
 	$(if $(TEST),,$(EMULATED) -m "not slow" tests/ptx)
 
 # In a process of its own: it compiles, where the rest of the tests interprets.
-EMULATED = CUDA_VISIBLE_DEVICES= PYTHONPATH=tests PTX_TARGET=$(TARGET) $(PY) -m pytest -p ptx.plugin -n $(WORKERS)
+EMULATED = CUDA_VISIBLE_DEVICES= PYTHONPATH=tests PTX_TARGET=$(TARGET) $(PY) -m pytest -p emulate -n $(WORKERS)
 KERNEL_TESTS = $(addprefix tests/test_,compact_kv.py decode_attention.py paged.py score_attention.py score_keydiff.py \
     scores.py select_topk.py)
 

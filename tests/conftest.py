@@ -12,7 +12,7 @@ if not HAS_GPU:
 import pytest
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
-collect_ignore = ["ptx"]  # asks for a process of its own, which compiles: see ptx/plugin.py
+collect_ignore = ["ptx"]  # asks for a process of its own, which compiles: see emulate.py
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,7 @@
 """A launch: programs side by side, interleaved at their accesses of global memory.
 
-Without a seed they run one after another, in order, and only one that waits gives way. With a seed they start in random
-order and are preempted at random, some of them for long. Memory is sequentially consistent; what a weaker one would
+Without a seed they run one after another, in order; where all that have started wait, the next one starts. With a seed
+they start in random order and are preempted at random, some of them for long. Memory is sequentially consistent; what a weaker one would
 break is found by the order of accesses instead (races.py).
 """
 
@@ -47,25 +47,24 @@ class Launch:
         return np.frombuffer(self._values[name], uint8)[: np.dtype(dtype).itemsize].view(dtype)[0]
 
     def run(self) -> None:
-        order = list(range(self.programs))
-        if self.settings.seed is not None:
-            order = self.random.permutation(self.programs).tolist()
+        shuffled, resident = self.settings.seed is not None, self.settings.resident or self.programs
+        order = self.random.permutation(self.programs).tolist() if shuffled else list(range(self.programs))
         live: list[tuple[Program, object]] = []
         waited = 0  # steps since a program did anything but wait
-        choice = _Choice(self.random, self.settings.seed is not None)
+        choice = _Choice(self.random, shuffled)
         with np.errstate(all="ignore"):
             while order or live:
-                while order and len(live) < (self.settings.resident or self.programs):
+                while order and len(live) < resident and (shuffled or all(p.access.waits for p, _ in live)):
                     program = Program(self, order.pop(0))
                     live.append((program, program.run()))
                     choice.forget()
                 k = choice.of([program for program, _ in live])
                 program, steps = live[k]
-                program.waits = False
+                program.access.waits = False
                 if next(steps, self) is self:  # it has ended
                     live.pop(k)
                     choice.forget()
-                waited = waited + 1 if program.waits else 0
+                waited = waited + 1 if program.access.waits else 0
                 if waited > STEPS_UNTIL_DEADLOCK * max(len(live), 1):
                     raise EmulationError(
                         f"{self.kernel.name}: deadlock, {len(live)} programs wait, {len(order)} have not started"
@@ -87,7 +86,7 @@ class _Choice:
 
     def of(self, live: list[Program]) -> int:
         if not self._shuffled:
-            return int(self._random.integers(len(live))) if live[0].waits else 0
+            return int(self._random.integers(len(live))) if live[0].access.waits else 0
         if self._steps_left == 0:
             weights = self._random.exponential(1.0, len(live)) ** 3  # some programs starve for a while
             self._sums, self._steps_left = np.cumsum(weights / weights.sum()), self.STEPS

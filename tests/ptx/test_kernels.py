@@ -1,5 +1,5 @@
 """Every kernel and option, as compiled, against the reference: selection and moves bit for bit, scores to float32
-rounding. No race, hazard or address outside a tensor (see plugin.py)."""
+rounding. No race, hazard or address outside a tensor (see emulate.py)."""
 
 import itertools
 import pathlib

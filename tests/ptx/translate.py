@@ -173,7 +173,7 @@ class Translator:
 
     def memory_call(self, call: str) -> str:
         """Memory accesses say which instruction they are."""
-        return f"P.instruction = {self.number}; {call}"
+        return f"P.access.instruction = {self.number}; {call}"
 
     def predicate(self) -> str:
         self.predicate_used = True
@@ -344,7 +344,7 @@ class Translator:
         left = self.sources(a) if a.startswith("{") else self.source(a, "b64")
         sums = ", ".join("None" if x == "_" else f"R[{self.kernel.register(x)}]" for x in members(d))
         return self.memory_call(
-            f"{self.targets(members(d))} = P.wide_matrix_product({self.parts[-1]!r}, [{sums}], {left}, "
+            f"{self.targets(members(d))} = P.access.wide_matrix_product({self.parts[-1]!r}, [{sums}], {left}, "
             f"{self.source(b, 'b64')}, {self.source(p, 'pred')})"
         )
 
@@ -384,7 +384,7 @@ class Translator:
         stored = UNSIGNED[BYTES[REGISTER.match(next(r for r in registers if r != "_")).group(1)]]
         old = ", ".join("None" if r == "_" else f"R[{self.kernel.register(r)}]" for r in registers)
         return self.memory_call(
-            f"{self.targets(registers)}, = P.load_{self.instruction.space}({self.predicate()}, {address}, "
+            f"{self.targets(registers)}, = P.access.load_{self.instruction.space}({self.predicate()}, {address}, "
             f"{dtype.__name__}, {stored.__name__}, [{old}]{extra})"
         )
 
@@ -401,7 +401,7 @@ class Translator:
     def _store(self, address: str, extra: str) -> str:
         kind = "b" + self.parts[-1][1:]
         return self.memory_call(
-            f"P.store_{self.instruction.space}({self.predicate()}, {address}, {TYPES[kind].__name__}, "
+            f"P.access.store_{self.instruction.space}({self.predicate()}, {address}, {TYPES[kind].__name__}, "
             f"{self.sources(self.operands[1], kind)}{extra})"
         )
 
@@ -414,7 +414,7 @@ class Translator:
         used = d in self.kernel.read_registers
         old = "None" if d == "_" else f"R[{self.kernel.register(d)}]"
         return self.memory_call(
-            f"{self.targets([d])} = P.atomic_{self.parts[1]}({self.predicate()}, "
+            f"{self.targets([d])} = P.access.atomic_{self.parts[1]}({self.predicate()}, "
             f"{self.address(address, 'u64' if self.parts[1] == 'global' else 'u32')}, {TYPES[kind].__name__}, "
             f"{self.parts[-2]!r}, [{', '.join(self.source(x, kind) for x in values)}], {old}, {used}, {strength!r})"
         )
@@ -423,15 +423,15 @@ class Translator:
     def load_matrices(self):
         registers = members(self.operands[0])
         return self.memory_call(
-            f"{self.targets(registers)}, = P.load_matrices({self.address(self.operands[1], 'u32')}, {len(registers)}, "
-            f"{'trans' in self.parts})"
+            f"{self.targets(registers)}, = P.access.load_matrices({self.address(self.operands[1], 'u32')}, "
+            f"{len(registers)}, {'trans' in self.parts})"
         )
 
     @rule(r"stmatrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared\.b16")
     def store_matrices(self):
         address, values = self.operands
         return self.memory_call(
-            f"P.store_matrices({self.address(address, 'u32')}, {self.sources(values)}, {'trans' in self.parts})"
+            f"P.access.store_matrices({self.address(address, 'u32')}, {self.sources(values)}, {'trans' in self.parts})"
         )
 
     @rule(r"cp\.async\.c[ag]\.shared\.global(\.L2::cache_hint)?(\.L2::(64|128|256)B)?")
@@ -441,20 +441,20 @@ class Translator:
             used = used[:-1]
         count = self.source(used[0], "u32") if used else "None"
         return self.memory_call(
-            f"P.copy_async({self.predicate()}, {self.address(to, 'u32')}, {self.address(source, 'u64')}, "
+            f"P.access.copy_async({self.predicate()}, {self.address(to, 'u32')}, {self.address(source, 'u64')}, "
             f"{int(size, 0)}, {count})"
         )
 
     @rule(r"cp\.async\.commit_group")
     def commit_copies(self):
-        return "P.shared.commit()"
+        return "P.access.shared.commit()"
 
     @rule(r"cp\.async\.wait_(group|all)")
     def wait_copies(self):
         """wait_all is a commit and a wait for everything."""
         if self.parts[2] == "wait_all":
-            return self.memory_call("P.shared.commit(); P.wait_copies(0)")
-        return self.memory_call(f"P.wait_copies({int(self.operands[0], 0)})")
+            return self.memory_call("P.access.shared.commit(); P.access.wait_copies(0)")
+        return self.memory_call(f"P.access.wait_copies({int(self.operands[0], 0)})")
 
 
 for _pattern, _template in _SIMPLE.items():
