@@ -43,7 +43,7 @@ train: $(READY)  ## train the learned scorer on a real model (TRAIN="--layers 4 
 	$(PLAIN) $(PY) -m kvevict train $(TRAIN)
 
 test: $(READY)  ## the checks of a commit; without a GPU the kernels run in Triton's interpreter, and some as compiled
-	$(PY) -m pytest -n $(WORKERS) $(TEST)
+	$(PY) -m pytest -n $(WORKERS) -m "not slow" $(TEST)
 	$(if $(TEST),,$(EMULATED) -m "not slow" tests/ptx)
 
 # In a process of its own: it compiles, where the rest of the tests interprets.
@@ -54,8 +54,8 @@ KERNEL_TESTS = $(addprefix tests/test_,compact_kv.py decode_attention.py paged.p
 test-ptx: $(READY)  ## all kernel tests on the compiled code, emulated (TARGET=sm_80): an hour or so
 	$(EMULATED) $(or $(TEST),tests/ptx $(KERNEL_TESTS))
 
-test-all:  ## every check there is, on a machine without a GPU: hours
-	$(MAKE) test
+test-all: $(READY)  ## every check there is, on a machine without a GPU: hours
+	$(PY) -m pytest -n $(WORKERS)
 	$(MAKE) test-ptx TARGET=sm_80
 	$(MAKE) test-ptx TARGET=sm_90
 

@@ -25,10 +25,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (75, 80, 86, 89, 90, 100, 120)},
+    **{arch: GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")},
 }
 _TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -139,7 +137,7 @@ def registers(compiled) -> int:
 def summary(compiled) -> dict:
     """Registers, spills and the widths of global accesses (NVIDIA); AMD's assembly only says that it compiled."""
     if "cubin" not in compiled.asm:
-        return {"compiled": "amdgcn" in compiled.asm}
+        return {"compiled": "amdgcn" in compiled.asm, "shared": compiled.metadata.shared}
     sass = _run_on_cubin("cuobjdump", compiled, "-sass")
     return {
         "compiled": True,
@@ -148,7 +146,9 @@ def summary(compiled) -> dict:
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "loads_128": len(re.findall(r"\bLDG\.E[A-Z0-9.]*\.128", sass)),
         "copies_128": len(re.findall(r"\bLDGSTS\.E[A-Z0-9.]*\.128", sass)),
+        "copies": len(re.findall(r"\bLDGSTS\b", sass)),
         "loads": len(re.findall(r"\bLDG\b", sass)),
+        "loads_narrow": len(re.findall(r"\bLDG\.E[A-Z0-9.]*\.[US](?:8|16)\b", sass)),
         "stores_128": len(re.findall(r"\bSTG\.E[A-Z0-9.]*\.128", sass)),
         "stores": len(re.findall(r"\bSTG\b", sass)),
     }
