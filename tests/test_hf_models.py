@@ -178,7 +178,7 @@ def test_static_buffers_of_latents_refuse_padding():
     ids, mask = padded()
     options = dict(budget=60, interval=8)
     caches = [EvictingCache(model, KeyDiff(recent=8), static=static, **options) for static in (False, True)]
-    said = [generate(model, prompt(70, batch=2), new=20, past_key_values=cache) for cache in caches]
+    said = [generate(model, prompt(70, batch=2), new=6, past_key_values=cache) for cache in caches]
     assert torch.equal(*said)
     with pytest.raises(ValueError, match="the prompts have padding"):
         generate(model, ids, attention_mask=mask,
