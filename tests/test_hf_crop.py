@@ -96,7 +96,7 @@ def test_the_first_round_of_assisted_decoding_sees_the_whole_prompt(plain):  # n
         assert torch.equal(said, by_hand(plain, whole, policy, 0.5, new=24 - right))
 
 
-def test_more_candidates_than_recent_tokens(plain, ours):  # noqa: F811
+def test_more_candidates_than_recent_tokens(plain, ours, caplog):  # noqa: F811
     """Guesses are judged before eviction, so it takes nothing that must be given back."""
     ids = repetitive(120)
     for model in (plain, ours):
@@ -104,6 +104,7 @@ def test_more_candidates_than_recent_tokens(plain, ours):  # noqa: F811
             cache = EvictingCache(model.config, KeyDiff(recent=4), **mode)
             said = generate(model, ids, new=30, past_key_values=cache, prompt_lookup_num_tokens=50)
             assert said.shape == (1, 150) and {seen for seen, _ in lengths(cache)} == {149}
+    assert not [record for record in caplog.records if record.name == "kvevict"]  # they are no prompt in chunks
     cache = EvictingCache(ours.config, TOVA(recent=4), budget=60, interval=8)
     said = generate(ours, ids, new=30, past_key_values=cache, prompt_lookup_num_tokens=90)
     assert said.shape == (1, 150) and max(kept for _, kept in lengths(cache)) <= 68

@@ -149,6 +149,17 @@ def test_a_prompt_one_token_at_a_time_is_padded_too(ours):  # noqa: F811
             torch.testing.assert_close(other.keys[b, :, :n], one.keys[b, :, :n], rtol=1e-3, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_mask_that_is_written_over_is_read_again(ours):  # noqa: F811
+    ids, mask = padded()
+    buffer = four_d(torch.ones_like(mask).bool())
+    for values in (torch.ones_like(mask), mask):
+        buffer.copy_(four_d(values.bool()))
+        cache = EvictingCache(ours.config, KeyDiff(), budget=200)
+        ours(ids, attention_mask=buffer, past_key_values=cache)
+    assert cache.layers[0].lengths.tolist() == BATCH
+
+
 def test_a_batch_whose_padding_cannot_be_seen_is_refused(plain):  # noqa: F811
     """Not warned of: what is evicted would be wrong. With the model it is seen."""
     ids, mask = padded()

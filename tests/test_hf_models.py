@@ -11,7 +11,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("transformers")
 
-from test_hf import BATCH, generate, padded, prompt, reference_backend, tiny  # noqa: F401
+from test_hf import BATCH, generate, learned, padded, prompt, reference_backend, tiny  # noqa: F401
 
 from kvevict.hf import EvictingCache
 from kvevict.hf import attention as our_attention
@@ -104,6 +104,16 @@ def test_each_request_of_a_padded_batch_is_evicted_as_if_alone(family, policy):
             evictions.clear()
 
 
+def test_hidden_states_are_noted_whatever_projections_are_called():
+    model = build("phi3")  # one for queries, keys and values
+    cache = EvictingCache(model, learned(recent=8), keep=0.5)
+    with cache.noting_hidden(model):
+        generate(model, prompt(60), past_key_values=cache)
+    assert {r.kept for r in cache.report()} == {30 + 11}
+    with pytest.raises(ValueError, match="no module named"), cache.noting_hidden(torch.nn.Linear(2, 2)):
+        pass
+
+
 @pytest.mark.parametrize("family", PROMISED)
 def test_a_budget_is_held(family):
     model = build(family)
@@ -178,7 +188,7 @@ def test_static_buffers_of_latents_refuse_padding():
     ids, mask = padded()
     options = dict(budget=60, interval=8)
     caches = [EvictingCache(model, KeyDiff(recent=8), static=static, **options) for static in (False, True)]
-    said = [generate(model, prompt(70, batch=2), new=20, past_key_values=cache) for cache in caches]
+    said = [generate(model, prompt(70, batch=2), new=6, past_key_values=cache) for cache in caches]
     assert torch.equal(*said)
     with pytest.raises(ValueError, match="the prompts have padding"):
         generate(model, ids, attention_mask=mask,

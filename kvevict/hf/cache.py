@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvevict import validate
-from kvevict.hf import saved, shares
+from kvevict.hf import masks, saved, shares
 from kvevict.hf.attention import NAME, SET_UP, set_up
 from kvevict.hf.layer import EvictingLayer, Eviction, new_tokens
 from kvevict.hf.static import StaticEvictingLayer
@@ -180,6 +180,7 @@ class EvictingCache(Cache):
         if layer_idx >= len(self.layers):
             raise ValueError(f"layer_idx is {layer_idx}: expected less than {len(self.layers)}, the config's layers")
         if layer_idx == self._full[0]:
+            masks.forget()
             if not self._attention_is_ours():
                 self._refuse_what_is_not_seen(key_states.shape[0])
             self._watch_for_chunks(key_states.shape[2])
@@ -211,7 +212,7 @@ class EvictingCache(Cache):
         layer = self._evicting()[0]
         if self._after_cut is None or layer.keep is None or not layer.compressed:
             return
-        self._after_cut = None if new == 1 else self._after_cut + new
+        self._after_cut = None if new == 1 or layer.record_past else self._after_cut + new
         if self._after_cut is not None and 2 * self._after_cut > layer.cached() + new:
             logger.warning(
                 "kvevict: keep= cut the first forward, of %d tokens, and keeps all of the %d tokens that came in the "
@@ -296,14 +297,23 @@ class EvictingCache(Cache):
     @contextlib.contextmanager
     def noting_hidden(self, model: Any) -> Iterator[None]:
         """Inside the block the model's forwards tell this cache what enters each layer's attention, for policies that
-        read hidden states. By forward hooks, which are gone after it."""
+        read hidden states. By forward hooks, which are gone after it.
+
+        Raises:
+            ValueError: the model's attention modules are not found by their names.
+        """
         layers = {layer.index: layer for layer in self._evicting() if "hidden" in layer.policy.needs}
 
         def note(module, arguments, options):
             if options.get("past_key_values") is self:
                 layers[module.layer_idx].note_hidden(options.get("hidden_states", *arguments[:1]))
 
-        attentions = [m for m in model.modules() if getattr(m, "layer_idx", None) in layers and hasattr(m, "k_proj")]
+        attentions = [
+            module for module in model.modules()
+            if getattr(module, "layer_idx", None) in layers and "Attention" in type(module).__name__
+        ]  # fmt: skip
+        if {module.layer_idx for module in attentions} != layers.keys():
+            raise ValueError(f"{type(model).__name__} has no module named ...Attention for each layer of the cache")
         hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in attentions]
         try:
             yield

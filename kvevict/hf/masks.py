@@ -41,6 +41,11 @@ def read(mask: Tensor | None, new: int) -> Shown:
     return _last.shown
 
 
+def forget() -> None:
+    """A forward begins: its mask may be the last one's tensor with other values."""
+    _last.mask = None
+
+
 def _read(mask: Tensor, new: int) -> Shown:
     if mask.ndim != 4 or mask.shape[2] != new or mask.shape[3] < new:
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}: expected [batch, 1, {new}, slots]")
