@@ -125,12 +125,13 @@ def keydiff_row_kernel(
     keys, lengths, scores_ptr, S, H,
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
     b, h = row // H, row % H
     length = row_length(lengths, b, h, S)
     columns = tl.arange(0, BLOCK_D)
     total, count = _sum_finite_keys(keys, b, h, 0, length, columns, BLOCK_D, BLOCK_S, STAGES, UNIT)
-    _score_keys(keys, scores_ptr + row * S, b, h, 0, S, length, total / count, columns, BLOCK_S, STAGES)
+    scores_ptr += row.to(tl.int64) * S
+    _score_keys(keys, scores_ptr, b, h, 0, S, length, total / count, columns, BLOCK_S, STAGES)
 
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
@@ -138,13 +139,13 @@ def partial_anchor_kernel(
     keys, lengths, sums_ptr, counts_ptr, S, H, splits, chunk,
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    row, begin = program // splits, (tl.program_id(0) % splits) * chunk
+    program = tl.program_id(0)
+    row, begin = program // splits, program % splits * chunk
     b, h = row // H, row % H
     end = tl.minimum(begin + chunk, row_length(lengths, b, h, S))
     columns = tl.arange(0, BLOCK_D)
     total, count = _sum_finite_keys(keys, b, h, begin, end, columns, BLOCK_D, BLOCK_S, STAGES, UNIT)
-    tl.store(sums_ptr + program * keys.width + columns, total, mask=columns < keys.width)
+    tl.store(sums_ptr + program.to(tl.int64) * keys.width + columns, total, mask=columns < keys.width)
     tl.store(counts_ptr + program, count)
 
 
@@ -154,25 +155,26 @@ def keydiff_scores_kernel(
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    row = (program // splits).to(tl.int64)
-    begin = (program % splits) * chunk
+    row, begin = program // splits, program % splits * chunk
     b, h = row // H, row % H
     columns = tl.arange(0, BLOCK_D)
 
     total = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     count = tl.zeros([BLOCK_S], tl.float32)
+    first = row.to(tl.int64) * parts
     for start in range(0, parts, BLOCK_S):
         part = start + tl.arange(0, BLOCK_S)
         mask = (part < parts)[:, None] & (columns < keys.width)[None, :]
-        total += tl.load(row_pointers(sums_ptr + row * parts * keys.width, part, keys.width, columns), mask, 0.0)
+        total += tl.load(row_pointers(sums_ptr + first * keys.width, part, keys.width, columns), mask, 0.0)
         if counts_ptr is not None:
-            count += tl.load(counts_ptr + row * parts + part, part < parts, 0.0)
+            count += tl.load(counts_ptr + first + part, part < parts, 0.0)
     anchor = tl.sum(total, 0)
     if counts_ptr is not None:
         anchor /= tl.sum(count, 0)
     length = row_length(lengths, b, h, S)
     end = tl.minimum(begin + chunk, S)
-    _score_keys(keys, scores_ptr + row * S, b, h, begin, end, length, anchor, columns, BLOCK_S, STAGES)
+    scores_ptr += row.to(tl.int64) * S
+    _score_keys(keys, scores_ptr, b, h, begin, end, length, anchor, columns, BLOCK_S, STAGES)
 
 
 def keydiff_scores(

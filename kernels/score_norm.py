@@ -18,19 +18,20 @@ def key_norm_kernel(
     keys, lengths, scores_ptr, S, H, splits, chunk,
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) // splits).to(tl.int64)
+    row = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     b, h = row // H, row % H
     length = row_length(lengths, b, h, S)
     columns = tl.arange(0, BLOCK_D)
     begin = split * chunk
+    scores_ptr += row.to(tl.int64) * S
     end = tl.minimum(begin + chunk, S)
     for start in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
         tokens = start + tl.arange(0, BLOCK_S)
         here = tokens < tl.minimum(end, length)
         key = load_float32(keys, rows_at(keys, b, h, tokens, here), here, columns)
         score = tl.where(tokens < length, -tl.sqrt(tl.sum(key * key, 1)), float("-inf"))
-        tl.store(scores_ptr + row * S + tokens, score, mask=tokens < end)
+        tl.store(scores_ptr + tokens, score, mask=tokens < end)
 
 
 def key_norm_scores(
