@@ -222,7 +222,8 @@ def test_opcheck():
     ]
     from kvevict.backends import reference
 
-    assert {op.name().partition("::")[2].partition(".")[0] for op, _ in calls} == set(reference.__all__)
+    not_ops = {"move_flags"}  # a size
+    assert {op.name().partition("::")[2].partition(".")[0] for op, _ in calls} == set(reference.__all__) - not_ops
     with kvevict.backend("reference"):
         for op, arguments in calls:
             torch.library.opcheck(op, arguments)
