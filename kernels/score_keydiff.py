@@ -194,15 +194,15 @@ def keydiff_scores(
     options = dict(
         BLOCK_D=config.block_dim, BLOCK_S=config.block_tokens, STAGES=config.stages, num_warps=config.num_warps
     )
-    rows, lengths = rows_of(keys, table), per_row(lengths)
+    rows, row_lengths = rows_of(keys, table), per_row(lengths)
     if anchor is None and config.splits == 1:
-        keydiff_row_kernel[(B * H,)](rows, lengths, out, S, H, UNIT=unit, **options)
+        keydiff_row_kernel[(B * H,)](rows, row_lengths, out, S, H, UNIT=unit, **options)
         return
     grid, split = (B * H * config.splits,), (config.splits, config.chunk)
     if anchor is None:
         sums = torch.empty((B * H, config.splits, D), dtype=torch.float32, device=keys.device)
         counts = torch.empty((B * H, config.splits), dtype=torch.float32, device=keys.device)
-        partial_anchor_kernel[grid](rows, lengths, sums, counts, S, H, *split, UNIT=unit, **options)
+        partial_anchor_kernel[grid](rows, row_lengths, sums, counts, S, H, *split, UNIT=unit, **options)
     else:
         sums, counts = anchor.to(torch.float32).reshape(B * H, 1, D).contiguous(), None
-    keydiff_scores_kernel[grid](rows, lengths, sums, counts, out, S, H, *split, sums.shape[1], **options)
+    keydiff_scores_kernel[grid](rows, row_lengths, sums, counts, out, S, H, *split, sums.shape[1], **options)
