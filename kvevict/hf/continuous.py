@@ -15,9 +15,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import ContinuousBatchingConfig
-from transformers.generation.continuous_batching import cache as transformers_cache
-from transformers.generation.continuous_batching.cache_allocators import FULL_ATTENTION, FullAttentionCacheAllocator
+
+try:
+    from transformers import ContinuousBatchingConfig
+    from transformers.generation.continuous_batching import cache as transformers_cache
+    from transformers.generation.continuous_batching.cache_allocators import FULL_ATTENTION, FullAttentionCacheAllocator
+except ImportError as error:
+    raise ImportError("kvevict.hf.continuous is written for the continuous batching of transformers 5.23") from error
 
 from kvevict import validate
 from kvevict.paged import paged_compact
