@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= auto
+TARGET ?= sm_90
 
 ifeq ($(VENV),)
 PY := $(PYTHON)
@@ -18,7 +19,7 @@ endif
 PLAIN = KVEVICT_BACKEND=$$($(PY) -c "import torch; print('auto' if torch.cuda.is_available() else 'reference')")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train test fuzz mutate test-vllm lint bench quality quality-peers clean
+.PHONY: help setup demo train test test-ptx test-all fuzz mutate test-vllm lint bench quality quality-peers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -41,8 +42,22 @@ demo: $(READY)  ## evict from a real model's cache and ask it for a hidden fact 
 train: $(READY)  ## train the learned scorer on a real model (TRAIN="--layers 4 ..."); the demo's --policy all takes it up
 	$(PLAIN) $(PY) -m kvevict train $(TRAIN)
 
-test: $(READY)  ## every check; on a machine without a GPU the kernels run in Triton's interpreter
-	$(PY) -m pytest -n $(WORKERS) $(TEST)
+test: $(READY)  ## the checks of a commit; without a GPU the kernels run in Triton's interpreter, and some as compiled
+	$(PY) -m pytest -n $(WORKERS) -m "not slow" $(TEST)
+	$(if $(TEST),,$(EMULATED) -m "not slow" tests/ptx)
+
+# In a process of its own: it compiles, where the rest of the tests interprets.
+EMULATED = CUDA_VISIBLE_DEVICES= PYTHONPATH=tests PTX_TARGET=$(TARGET) $(PY) -m pytest -p emulate -n $(WORKERS)
+KERNEL_TESTS = $(addprefix tests/test_,compact_kv.py decode_attention.py paged.py score_attention.py score_keydiff.py \
+    scores.py select_topk.py)
+
+test-ptx: $(READY)  ## all kernel tests on the compiled code, emulated (TARGET=sm_80): an hour or so
+	$(EMULATED) $(or $(TEST),tests/ptx $(KERNEL_TESTS))
+
+test-all: $(READY)  ## every check there is, on a machine without a GPU: hours
+	$(PY) -m pytest -n $(WORKERS)
+	$(MAKE) test-ptx TARGET=sm_80
+	$(MAKE) test-ptx TARGET=sm_90
 
 SECONDS ?= 60
 fuzz: $(READY)  ## new random calls of every op against an oracle (SECONDS=600; a failure names its seed: FUZZ_SEED=...)
