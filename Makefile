@@ -19,11 +19,7 @@ endif
 PLAIN = KVEVICT_BACKEND=$$($(PY) -c "import torch; print('auto' if torch.cuda.is_available() else 'reference')")
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help setup demo train test test-ptx test-all fuzz mutate test-vllm lint bench quality quality-peers clean
-=======
-.PHONY: help setup demo train test test-versions test-vllm lint bench quality quality-peers clean
->>>>>>> w-model
+.PHONY: help setup demo train test test-ptx test-versions test-all fuzz mutate test-vllm lint bench quality quality-peers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -136,9 +132,5 @@ quality-peers: .venv-peers/.installed  ## kvpress beside our policies on the sam
 	KVEVICT_BACKEND=reference PYTHONPATH=. .venv-peers/bin/python -m bench.quality_peers $(QUALITY)
 
 clean:  ## remove the environment and caches, keep fetched models and results
-<<<<<<< HEAD
-	rm -rf .venv .venv-peers .venv-vllm .venv-mutate .mutants .installed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-=======
-	rm -rf .venv .venv-peers .venv-versions .venv-vllm .installed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
->>>>>>> w-model
+	rm -rf .venv .venv-* .mutants .installed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
