@@ -10,11 +10,10 @@ import os
 
 os.environ.pop("TRITON_INTERPRET", None)  # a worker of pytest-xdist inherits it from its parent's conftest
 
+import ptx
 import pytest
 import torch
 import triton
-
-import ptx
 
 triton.knobs.runtime.interpret = False  # and goes before the one that tests/conftest.py sets
 torch.set_num_threads(1)  # pytest-xdist runs a worker per core
