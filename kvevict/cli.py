@@ -76,7 +76,7 @@ def plan(
             if not plot.resolve().parent.is_dir():
                 raise models.Unavailable(f"--plot is {plot}: expected a file in an existing folder")
             planner.draw(model, result, plot)
-    except (models.Unavailable, ValueError, TypeError) as error:
+    except (models.Unavailable, ValueError, TypeError, OSError) as error:
         print(f"kvevict plan: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     if as_json:

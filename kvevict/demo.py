@@ -147,15 +147,18 @@ def chosen_policies(name: str, weights: pathlib.Path) -> dict[str, Policy]:
     """The policy called `name`, or all; "learned" from its weights, left out of all where there are none.
 
     Raises:
-        kvevict.models.Unavailable: unknown name, no weights.
+        kvevict.models.Unavailable: unknown name, no weights or damaged ones.
     """
-    if name == "all":
-        return NAMED | ({"learned": Learned.load(weights)} if weights.exists() else {})
-    if name == "learned":
+    trained: dict[str, Policy] = {}
+    if name == "learned" or (name == "all" and weights.exists()):
         try:
-            return {name: Learned.load(weights)}
+            trained = {"learned": Learned.load(weights)}
         except (OSError, ValueError) as error:
-            raise models.Unavailable(f"--policy is learned, without weights ({error}): run `kvevict train`") from error
+            raise models.Unavailable(f"--policy is {name}, without weights ({error}): run `kvevict train`") from error
+    if name == "all":
+        return NAMED | trained
+    if name == "learned":
+        return trained
     if name not in NAMED:
         raise models.Unavailable(f"--policy is {name}: expected one of {', '.join(NAMED)}, learned, all")
     return {name: NAMED[name]}

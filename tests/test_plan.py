@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -77,11 +78,58 @@ def test_presets_are_what_transformers_builds():
     assert found == {name: [preset["parameters"], True] for name, preset in planner.presets().items()}
 
 
+HOSTILE = {
+    "num_hidden_layers is None": dict(num_hidden_layers=None),
+    "num_hidden_layers is 1000000000000": dict(num_hidden_layers=10**12),
+    "num_attention_heads is 0": dict(num_attention_heads=0),
+    "num_attention_heads is True": dict(num_attention_heads=True),
+    "num_key_value_heads is -8": dict(num_key_value_heads=-8),
+    "head_dim is 64.0": dict(head_dim=64.0),
+    "hidden_size is many": dict(head_dim=None, hidden_size="many"),
+    "sliding_window is []": dict(sliding_window=[]),
+    "layer_types are full_attention": dict(layer_types="full_attention"),
+    "expected 32 strings": dict(layer_types=["full_attention"]),
+    "layer_types are [['x']": dict(layer_types=[["x"]] * 32),
+    "qk_rope_head_dim is None": dict(kv_lora_rank=512),
+    "kv_lora_rank is x": dict(kv_lora_rank="x"),
+    "sliding_window_pattern is 0": dict(sliding_window=64, use_sliding_window=True, sliding_window_pattern=0),
+    "parameters is lots": dict(parameters="lots"),
+}
+
+
+@pytest.mark.parametrize("match", HOSTILE)
+def test_a_hostile_configuration_is_named(match, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(planner.presets()["llama-3-8b"] | HOSTILE[match]))
+    with pytest.raises(ValueError, match=re.escape(match)):
+        kvevict.plan(path)
+
+
+def test_what_is_no_configuration_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    llama = planner.presets()["llama-3-8b"]
+    for content in ("[]", "7", "null", '{"text_config": 3}', "{", "[" * 100_000, "\ud800", json.dumps(llama)[:-9]):
+        path.write_text(content, errors="surrogatepass")
+        with pytest.raises(Unavailable, match=f"the configuration {path}"):
+            kvevict.plan(tmp_path)
+    for model_type in (None, 3, "no such thing"):
+        path.write_text(json.dumps(llama | dict(parameters=None, model_type=model_type)))
+        with pytest.raises(Unavailable, match="cannot build the model to count its parameters: .{9,200}$"):
+            kvevict.plan(path)
+    odd = dict(quantization_config=["fp8"]), dict(quantization_config=dict(kv_cache_scheme=8, kv_cache_quant_algo=8))
+    for config in odd:
+        path.write_text(json.dumps(llama | config))
+        assert kvevict.plan(path).cache_dtype == "bfloat16"
+
+
 FAMILIES = {
     "llama": dict(model_type="llama"),
     "gemma3": dict(model_type="gemma3_text", sliding_window=64, head_dim=16, num_hidden_layers=6),
     "qwen3": dict(model_type="qwen3", head_dim=32),
-}
+    "deepseek_v3": dict(model_type="deepseek_v3", kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16,
+                        v_head_dim=16, q_lora_rank=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+                        topk_group=1, moe_intermediate_size=32, num_key_value_heads=4),
+}  # fmt: skip
 
 
 @torch.no_grad()

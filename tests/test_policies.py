@@ -129,9 +129,12 @@ def test_random_is_seeded_and_goes_by_position():
     assert all(not torch.equal(kept(), other) for other in different)
     seen = policies.Observed(keys=keys, positions=torch.arange(S, device=DEVICE).flip(0).expand(B, H, S))
     assert torch.equal(Random().scores(seen), Random().scores(policies.Observed(keys=keys)).flip(-1))
+    ranks = [Random(seed=seed).scores(policies.Observed(keys=keys[:1, :1, :4]))[0, 0] for seed in (0, 1, 2**63, 10**30)]
+    assert ranks[1].tolist() == [5395756.0, 14252853.0, 15439970.0, 4174586.0] and len(set(map(str, ranks))) == 4
     counts = torch.zeros(S)
-    for seed in range(200):
-        counts += torch.bincount(kept(seed)[0, 0].cpu(), minlength=S)
+    with kvevict.backend("reference"):  # the interpreter would take half a minute
+        for seed in range(200):
+            counts += torch.bincount(kept(seed)[0, 0].cpu(), minlength=S)
     middle = counts[4:-32]
     assert 0.2 * 200 < middle.min() and middle.max() < 0.55 * 200  # 75 - 36 of 114: 34 % each
 
@@ -196,6 +199,42 @@ def test_learned_survives_saving(tmp_path):
     seen = policies.Observed(keys=keys, **observed)
     loaded = Learned(layers=tuple(tuple(w.to(DEVICE) for w in layer) for layer in again.layers))
     assert torch.equal(loaded.scores(seen), learned().scores(seen))
+
+
+def test_a_file_that_is_no_whole_learned_scorer_is_refused(tmp_path):
+    pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    path = tmp_path / "weights.safetensors"
+    with pytest.raises(FileNotFoundError):
+        Learned.load(path)
+    learned().save(path)
+    whole = path.read_bytes()
+    for content in (b"", b"{}", whole[:40], whole[:-4]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{path} is no learned scorer: "):
+            Learned.load(path)
+    with pytest.raises(ValueError, match=f"{tmp_path} is no learned scorer: "):
+        Learned.load(tmp_path)
+    tensors = {f"layers.0.{n}": w.cpu() for n, w in zip(("w1", "b1", "w2", "b2"), learned().layers[0], strict=True)}
+    good = {"format": "kvevict learned scorer", "layers": "1"}
+    for changed, metadata, match in [
+        (tensors, None, "is of the format None"), (tensors, good | {"format": "pt"}, "is of the format 'pt'"),
+        (tensors, {"format": good["format"]}, "says that it has '' layers"),
+        (tensors, good | {"layers": "2"}, "says that it has '2' layers"),
+        (tensors | {"layers.1.w1": torch.zeros(1)}, good, r"at odds: \['layers\.1\.w1'\]"),
+        (tensors | {"layers.0.b1": torch.zeros(11)}, good, r"layers\[0\] has shapes .*\(11,\)"),
+        ({"other": torch.zeros(1)}, good, r"at odds: \['other'\]"),
+        (tensors, good | {"layers": "9" * 30}, "says that it has '9999"),
+    ]:  # fmt: skip
+        save_file(changed, str(path), metadata=metadata)
+        with pytest.raises(ValueError, match=match) as caught:
+            Learned.load(path)
+        assert str(path) in str(caught.value)
+    save_file(tensors, str(path), metadata=good)
+    assert torch.equal(Learned.load(path).layers[0][0], tensors["layers.0.w1"])
+    with pytest.raises(ValueError, match=r"layers\[0\] has shapes \[\(3,\)\]"):
+        Learned(layers=((torch.zeros(3),),))
 
 
 @settings(max_examples=200, deadline=None)

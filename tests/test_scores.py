@@ -91,6 +91,23 @@ def test_combining_by_hand():
     assert kvevict.combine_scores([(1, row([7.0]))]).tolist() == [[[0]]]
 
 
+def test_combining_infinite_and_extreme_scores_by_hand():
+    x = row([1.0, INF, 3.0, -INF, 2.0])
+    for scale, expected in (
+        ("rank", [0.0, 1.0, 2 / 3, -INF, 1 / 3]), ("minmax", [0.0, 1.0, 1.0, -INF, 0.5]),
+        ("l2", [1 / 23**0.5, 3 / 23**0.5, 3 / 23**0.5, -INF, 2 / 23**0.5]),
+    ):  # fmt: skip
+        torch.testing.assert_close(kvevict.combine_scores([(1, x)], scale=scale), row(expected))
+        for alone, value in ((INF, 0.5 if scale == "rank" else 0.0), (0.0, 0.5 if scale == "rank" else 0.0)):
+            combined = kvevict.combine_scores([(1, row([alone, alone, -INF]))], scale=scale)
+            assert combined.tolist() == [[[value, value, -INF]]]
+    for size in (1e-40, 1e-20, 1.0, 1e20, 1e38):
+        combined = kvevict.combine_scores([(1, row([3.0, 0.0, -3.0]) * size)], scale="l2")
+        torch.testing.assert_close(combined, row([0.5**0.5, 0.0, -(0.5**0.5)]))
+        combined = kvevict.combine_scores([(1, row([3.0, 0.0, -3.0]) * size)], scale="minmax")
+        torch.testing.assert_close(combined, row([1.0, 0.5, 0.0]))
+
+
 @pytest.mark.parametrize("scale", ["rank", "minmax", "l2"])
 def test_combining_leaves_out_what_is_no_token(scale):
     x = torch.randn(1, 2, 40, device=DEVICE)

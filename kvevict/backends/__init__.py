@@ -19,6 +19,14 @@ _chosen: ContextVar[str | None] = ContextVar("kvevict_backend", default=None)
 def backend(name: str) -> Iterator[None]:
     """Choose the backend of every kvevict op inside the block.
 
+    It holds, as `torch.no_grad` does, for the thread (or asyncio task) that enters the block. A thread that starts
+    inside begins without it: enter the block there, start it with `contextvars.copy_context().run`, or set
+    KVEVICT_BACKEND for the whole process. A generator that is suspended inside the block leaves it in force for its
+    caller until it is resumed and leaves the block, or is closed.
+
+    Triton's interpreter serves one thread at a time: it patches `triton.language` while a kernel runs, and two threads
+    at once can leave it so, after which every launch of the process fails. Give other threads the reference.
+
     Args:
         name: "auto" (Triton for GPU tensors, and for CPU tensors if TRITON_INTERPRET=1; the reference otherwise),
             "triton" or "reference". Outside any block the environment variable KVEVICT_BACKEND decides, "auto"

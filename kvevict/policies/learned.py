@@ -14,6 +14,8 @@ from kvevict.policies.base import Policy
 from kvevict.policies.observed import Observed
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # w1 [N, M], b1 [N], w2 [1, N], b2 [1]
+_NAMES = ("w1", "b1", "w2", "b2")
+_FORMAT = "kvevict learned scorer"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,6 +33,11 @@ class Learned(Policy):
         super().__post_init__()
         if not self.layers:
             raise ValueError("layers is empty: expected the weights of every layer of the model")
+        for i, weights in enumerate(self.layers):
+            shapes = [tuple(tensor.shape) for tensor in weights]
+            N, M = shapes[0] if shapes and len(shapes[0]) == 2 else (0, 0)
+            if shapes != [(N, M), (N,), (1, N), (1,)]:
+                raise ValueError(f"layers[{i}] has shapes {shapes}: expected [N, M], [N], [1, N] and [1]")
 
     def scores(self, seen: Observed) -> Tensor:
         hidden = seen.hidden
@@ -55,27 +62,42 @@ class Learned(Policy):
         """Write the weights as safetensors."""
         from safetensors.torch import save_file
 
-        names = ("w1", "b1", "w2", "b2")
         tensors = {
             f"layers.{i}.{name}": tensor.contiguous()
             for i, weights in enumerate(self.layers)
-            for name, tensor in zip(names, weights, strict=True)
+            for name, tensor in zip(_NAMES, weights, strict=True)
         }
-        save_file(tensors, str(path), metadata={"format": "kvevict learned scorer", "layers": str(len(self.layers))})
+        save_file(tensors, str(path), metadata={"format": _FORMAT, "layers": str(len(self.layers))})
 
     @classmethod
     def load(cls, path: str | pathlib.Path, **fields) -> Learned:
         """Read what `save` wrote; fields: sink, recent, heads.
 
         Raises:
-            FileNotFoundError: no such file. ValueError: not a learned scorer.
+            FileNotFoundError: no such file. ValueError: not a learned scorer, or not a whole one.
         """
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
-        tensors = load_file(str(path))
-        count = len(tensors) // 4
         try:
-            layers = tuple(tuple(tensors[f"layers.{i}.{n}"] for n in ("w1", "b1", "w2", "b2")) for i in range(count))
-        except KeyError as error:
-            raise ValueError(f"{path} has no tensor {error}: expected the weights of a learned scorer") from error
-        return cls(layers=layers, **fields)  # type: ignore[arg-type]
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is no learned scorer: {error}") from error
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{path} is of the format {metadata.get('format')!r}: expected {_FORMAT!r}")
+        said, count = metadata.get("layers", ""), len(tensors) // len(_NAMES)
+        expected = [f"layers.{i}.{name}" for i in range(count) for name in _NAMES]
+        if said != str(count) or tensors.keys() != set(expected):
+            odd = sorted(tensors.keys() ^ set(expected))
+            raise ValueError(
+                f"{path} says that it has {said!r} layers: expected their tensors and no other; at odds: {odd[:4]}"
+            )
+        flat = [tensors[name] for name in expected]
+        layers = tuple(tuple(flat[i : i + len(_NAMES)]) for i in range(0, len(flat), len(_NAMES)))
+        try:
+            return cls(layers=layers, **fields)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error

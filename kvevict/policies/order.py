@@ -50,7 +50,8 @@ class Random(Policy):
     def scores(self, seen: Observed) -> Tensor:
         B, H, _ = seen.keys.shape[:3]
         rows = torch.arange(B * H, device=seen.keys.device).view(B, H, 1)
-        x = (seen.order().long() + ((self.seed * 1009 + seen.layer) * 65537 + rows) * 16777259) % 0x7FFFFFFF
+        base = (self.seed * 1009 + seen.layer) * 65537 % 0x7FFFFFFF  # a seed may be longer than an int64
+        x = (seen.order().long() + (base + rows) * 16777259) % 0x7FFFFFFF
         for _ in range(3):  # xorshift and multiply, in 31 bits
             x = (x ^ (x >> 15)) * 0x2C1B3C6D % 0x7FFFFFFF
         return (x >> 7).float()  # 24 bits: exact in float32

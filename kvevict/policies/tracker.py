@@ -50,34 +50,47 @@ class Tracker:
         self.lengths, self.tokens_seen = self.lengths[requests], self.tokens_seen[requests]
 
     def drop_last(self, count: int) -> None:
-        """The last `count` tokens of every request leave, as if they had never come."""
-        slots = torch.arange(self.mass.shape[2], device=self.mass.device)
+        """The last `count` tokens of every request leave, as if they had never come.
+
+        Raises:
+            ValueError: a request has fewer.
+        """
+        validate.integer("count", count, 0)
+        validate.require((self.lengths >= count).all(), "lengths", self.lengths, f"at least count, {count}")
         self.lengths -= count
         self.tokens_seen -= count
         self._most -= count
-        gone = (slots >= self.lengths[:, None])[:, None]
         for state, empty in self._state():
-            state.masked_fill_(gone, empty)
+            state.masked_fill_(self._padding(), empty)
 
     def _state(self) -> tuple[tuple[Tensor, float | int], ...]:
         """The buffers, and what stands in them where there is no token."""
         return (self.mass, 0.0), (self.last_used, -1), (self.positions, -1)
 
+    def _padding(self) -> Tensor:
+        """[B, 1, capacity] bool: the slots without a token."""
+        return torch.arange(self.mass.shape[2], device=self.mass.device) >= self.lengths[:, None, None]
+
     def append(self, count: int | Tensor = 1) -> None:
-        """`count` tokens (of each request; or a tensor [B], at most as many as its largest) enter behind the others.
+        """`count` tokens of each request enter behind the others; or a tensor [B] of counts, which the host reads.
 
         Raises:
-            ValueError: more tokens than the capacity.
+            TypeError, ValueError: no count, or more tokens than the capacity.
         """
-        most = int(count.max()) if isinstance(count, Tensor) else count
+        if isinstance(count, Tensor):
+            validate.tensor("count", count, 1, (torch.int32, torch.int64), self.lengths)
+            if count.shape != self.lengths.shape or int(count.min()) < 0:
+                raise ValueError(f"count is {count.tolist()}: expected {len(self.lengths)} numbers, none below 0")
+            most = int(count.max())
+        else:
+            validate.integer("count", count, 0)
+            most = count
         if self._most + most > self.mass.shape[2]:
             raise ValueError(f"count is {most}: expected at most {self.mass.shape[2] - self._most}, the free capacity")
         slots = torch.arange(self.mass.shape[2], device=self.mass.device)
         new = ((slots >= self.lengths[:, None]) & (slots < (self.lengths + count)[:, None]))[:, None]
         position = (self.tokens_seen - self.lengths)[:, None, None] + slots
         self.positions.copy_(torch.where(new, position, self.positions))
-        self.mass.masked_fill_(new, 0.0)
-        self.last_used.masked_fill_(new, -1)
         self.lengths += count
         self.tokens_seen += count
         self._most += most
@@ -87,7 +100,7 @@ class Tracker:
         S, group = keys.shape[2], queries.shape[1] // keys.shape[1]
         lengths = self.lengths.clamp(min=1)  # a request may be empty still
         mass = ops.attention_mass(queries, keys, scale=scale, lse=lse, reduce="sum", lengths=lengths)
-        self.mass[:, :, :S] += mass.clamp(min=0.0) / group  # -inf beyond a request's length
+        self.mass[:, :, :S] += (mass / group).masked_fill(self._padding()[:, :, :S], 0.0)
 
     def attend(
         self,
@@ -101,11 +114,13 @@ class Tracker:
     ) -> Tensor:
         """One decode step: the output of `kvevict.ops.decode_attention`, noted in mass and last use."""
         S = keys.shape[2]
-        self.step += 1
-        return ops.decode_attention(
+        output = ops.decode_attention(
             queries, keys, values, scale=scale, lengths=self.lengths, mass=self.mass[:, :, :S], decay=decay,
-            last_used=self.last_used[:, :, :S], step=self.step, threshold=threshold,
+            last_used=self.last_used[:, :, :S], step=self.step + 1, threshold=threshold,
         )  # fmt: skip
+        self.step += 1
+        assert isinstance(output, Tensor)
+        return output
 
     def compacted(self, result: ops.Compacted) -> None:
         """Follow a compaction: slot j now holds the token that was in slot result.indices[..., j]."""
@@ -120,7 +135,16 @@ class Tracker:
         self._most = n
 
     def overwrite(self, slots: Tensor) -> None:
-        """A new token takes the place of the one in `slots` [B, H, 1] (`kvevict.ops.evict_slots`)."""
+        """A new token takes the place of the one in `slots` [B, H, 1] int64 (`kvevict.ops.evict_slots`).
+
+        Raises:
+            TypeError, ValueError: no slots of cached tokens; -1, where nothing may be evicted, is none.
+        """
+        validate.tensor("slots", slots, 3, (torch.int64,), self.mass)
+        if slots.shape != (*self.mass.shape[:2], 1):
+            raise ValueError(f"slots has shape {tuple(slots.shape)}: expected {(*self.mass.shape[:2], 1)}")
+        held = ((slots >= 0) & (slots < self.lengths[:, None, None])).all()
+        validate.require(held, "slots", slots, "a cached token's in every head")
         self.positions.scatter_(2, slots, self.tokens_seen[:, None, None].expand_as(slots))
         self.mass.scatter_(2, slots, 0.0)
         self.last_used.scatter_(2, slots, -1)
