@@ -109,6 +109,20 @@ def test_launches_of_keydiff_compact(S, options, launches, fills):
     assert (traffic.launches, traffic.fills) == (launches, fills)
 
 
+def test_inputs_are_restored_between_rounds(monkeypatch):
+    """A cache that was compacted in place has its kept rows in front: fewer would move in the next run."""
+    monkeypatch.setattr(measure, "L2", 0)
+    (case,) = [case for case in ALL if case.name == "keydiff_compact"]
+    point = replace(case.points(False, True)[0], S=64, D=16)
+    inputs = measure.Inputs(case, point, "cpu")
+    before = [x.clone() for x in inputs.sets[0]]
+    for each in inputs.sets:
+        case.run(point, *each)
+        assert not torch.equal(each[0], before[0])
+    inputs.restore()
+    assert all(torch.equal(x, y) for each in inputs.sets for x, y in zip(each, before, strict=True))
+
+
 def test_launches_of_paged_calls_with_their_checks():
     cache = torch.randn(2, 8, 16, 2, 16)
     table, lengths = torch.arange(8, dtype=torch.int32).view(2, 4), torch.tensor([60, 33])
