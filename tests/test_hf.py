@@ -9,7 +9,6 @@ from conftest import DEVICE
 
 pytest.importorskip("transformers")
 
-import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvevict
@@ -17,6 +16,7 @@ from kvevict.hf import EvictingCache
 from kvevict.policies import (
     LRU,
     NAMED,
+    RECOMMENDED,
     TOVA,
     AttentionMass,
     Hybrid,
@@ -260,77 +260,6 @@ def test_sampling_beams_and_several_sequences(ours, plain):
             assert out.shape[1] == 100 and max(kept for _, kept in lengths(cache)) <= 44
 
 
-def test_assisted_decoding(plain):
-    """Candidates that are rejected are cropped; eviction does not change that they are the model's own words."""
-    ids, assistant = prompt(90), tiny(seed=5)
-    cache = EvictingCache(plain.config, KeyDiff(), keep=0.5)
-    alone = generate(plain, ids, new=20, past_key_values=cache)
-    cache = EvictingCache(plain.config, KeyDiff(), keep=0.5)
-    assisted = generate(plain, ids, new=20, past_key_values=cache, assistant_model=assistant)
-    assert assisted.shape == alone.shape
-    cache = EvictingCache(plain.config, KeyDiff(), budget=60, interval=8)
-    assert generate(plain, ids, new=20, past_key_values=cache, assistant_model=assistant).shape == (1, 110)
-
-
-@torch.no_grad()
-def test_crop(plain):
-    cache = EvictingCache(plain.config, KeyDiff(recent=8), keep=0.5)
-    plain(prompt(100), past_key_values=cache)
-    first = plain(prompt(5, seed=1), past_key_values=cache).logits
-    cache.crop(-5)
-    assert lengths(cache) == [(100, 50)] * 3
-    torch.testing.assert_close(plain(prompt(5, seed=1), past_key_values=cache).logits, first)
-    cache.crop(-9)  # into the recent tokens of the prompt, which eviction protects
-    assert lengths(cache) == [(96, 46)] * 3
-    with pytest.raises(ValueError, match="tokens_to_remove is -20"):
-        cache.crop(-20)
-    cache.crop(95)  # to this length, as older versions of transformers mean it
-    assert lengths(cache) == [(95, 45)] * 3
-    with pytest.raises(ValueError, match="tokens_to_remove is 3"):
-        cache.crop(3)
-
-
-FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, dict(sliding_window=None)),
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, dict(head_dim=16)),
-    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM, {}),
-    "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM,
-               dict(head_dim=16, sliding_window=24, num_hidden_layers=4,
-                    layer_types=["sliding_attention", "full_attention"] * 2)),
-    "gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM,
-                dict(head_dim=16, sliding_window=24, num_hidden_layers=4, num_local_experts=2, num_experts_per_tok=1,
-                     layer_types=["sliding_attention", "full_attention"] * 2)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families(family):
-    config, model_class, options = FAMILIES[family]
-    model = tiny(config, model_class, **options)
-    ids = prompt(70)
-    expected = generate(model, ids)
-    full = [i for i, kind in enumerate(options.get("layer_types", ["full_attention"] * 3)) if kind == "full_attention"]
-    assert torch.equal(generate(model, ids, past_key_values=EvictingCache(model.config, keep=1.0)), expected)
-    cache = EvictingCache(model.config, KeyDiff(recent=8), keep=0.5)
-    out = generate(model, ids, past_key_values=cache)
-    assert out.shape == expected.shape and [layer.layer for layer in cache.report()] == full
-    assert [(layer.seen, layer.kept) for layer in cache.report()] == [(81, 46)] * len(full)
-    before = model.config._attn_implementation
-    model.set_attn_implementation("kvevict")
-    if family == "gpt_oss":  # its attention has sinks of its own, which SDPA does not compute
-        with pytest.raises(ValueError, match="attention sinks"):
-            generate(model, ids)
-        model.set_attn_implementation(before)
-        return
-    assert torch.equal(generate(model, ids, past_key_values=EvictingCache(model.config, keep=1.0)), expected)
-    cache = EvictingCache(model.config, Hybrid(recent=8), budget=40, interval=4)
-    assert generate(model, ids, past_key_values=cache).shape == expected.shape
-    assert [layer.layer for layer in cache.report()] == full and all(layer.kept <= 44 for layer in cache.report())
-    model.set_attn_implementation(before)
-
-
 def test_what_has_to_be_set_up_is_said(plain):
     for policy in (SnapKV(), AttentionMass(), LRU(), Hybrid()):
         with pytest.raises(ValueError, match=SET_UP):
@@ -344,7 +273,8 @@ def test_bad_arguments_are_named(plain):
         (dict(), "keep is None and budget is None"), (dict(keep=0.5, budget=9), "keep is 0.5 and budget is 9"),
         (dict(keep=1.5), "keep is 1.5"), (dict(budget=0.5), "budget is 0.5"), (dict(budget=0), "keep is 0"),
         (dict(budget=10, pin=10), "more than pin"), (dict(keep=0.5, interval=-1), "interval is -1"),
-        (dict(keep=0.5, pin=True), "pin is True"), (dict(keep=0.5, policy="keydiff"), "policy is 'keydiff'"),
+        (dict(keep=0.5, pin=True), "pin is True"), (dict(keep=0.5, policy="key"), "policy is 'key'"),
+        (dict(keep=0.5, policy=7), "policy is 7"),
     ]:  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=match):
             EvictingCache(plain.config, **options)
@@ -425,55 +355,187 @@ def test_a_pinned_prefix_stays_whole(ours):
 def test_evictions_are_logged(plain, caplog):
     with caplog.at_level(logging.INFO, logger="kvevict"):
         generate(plain, prompt(100), past_key_values=EvictingCache(plain.config, keep=0.5))
-    assert [record.getMessage() for record in caplog.records] == ["kept 50 of 100 tokens in layer 2"]
-
-
-def test_a_batch_whose_padding_cannot_be_seen_is_warned_of(plain, ours, caplog):
-    for model in (plain, ours):
-        generate(model, prompt(30, batch=2), past_key_values=EvictingCache(model.config, keep=0.5))
-    (record,) = (r for r in caplog.records if r.levelno == logging.WARNING)
-    assert "a batch of 2" in record.getMessage() and 'set_attn_implementation("kvevict")' in record.getMessage()
-
-
-@pytest.mark.parametrize("policy", [KeyDiff(recent=8), Hybrid(recent=8)], ids=lambda p: type(p).__name__)
-def test_saved_caches_answer_as_before(ours, policy, tmp_path):
-    pytest.importorskip("safetensors")
-    context = prompt(120)
-    for mode in (dict(keep=0.4), dict(budget=50, interval=4)):
-        cache = EvictingCache(ours.config, policy, **mode)
-        with torch.no_grad():
-            ours(context, past_key_values=cache)
-        cache.save_pretrained(tmp_path / "cache")
-        for seed in (1, 2):  # many questions of one context
-            text = torch.cat([context, prompt(6, seed=seed)], 1)
-            expected = generate(ours, text, past_key_values=copy.deepcopy(cache))
-            loaded = EvictingCache.from_pretrained(tmp_path / "cache", ours.config, policy, device=DEVICE, **mode)
-            assert lengths(loaded) == lengths(cache)
-            assert torch.equal(generate(ours, text, past_key_values=loaded), expected)
-    with pytest.raises(ValueError, match="empty"):
-        EvictingCache(ours.config, policy, keep=0.5).save_pretrained(tmp_path / "none")
+    assert [record.getMessage() for record in caplog.records] == ["kvevict: kept 50 of 100 tokens in layer 2"]
 
 
 @torch.no_grad()
-def test_a_saved_padded_batch_is_evicted_as_before(ours, tmp_path):
+@pytest.mark.parametrize("keep", [Pyramid(0.3, steepness=3.0), Pyramid(0.5), Pyramid(77)], ids=str)
+def test_a_budget_that_differs_by_layer_keeps_what_it_promises(ours, keep):
+    """Over all layers, to the token: of a prompt, of each request of a padded batch, and at will."""
+    total = {n: sum(keep.per_layer(3, n)) for n in (101, 80)}
+    for at_will in (False, True):
+        cache = EvictingCache(ours.config, KeyDiff(recent=8), **(dict(budget=300) if at_will else dict(keep=keep)))
+        ours(prompt(101), past_key_values=cache)
+        if at_will:
+            cache.evict(keep)
+        assert [kept for _, kept in lengths(cache)] == list(keep.per_layer(3, 101))
+        assert sum(kept for _, kept in lengths(cache)) == total[101]
     ids, mask = padded()
-    evictions = []
-    mode = dict(budget=200, on_evict=evictions.append)
-    cache = EvictingCache(ours.config, SnapKV(recent=8), **mode)
-    ours(ids, attention_mask=mask, past_key_values=cache)
-    cache.save_pretrained(tmp_path)
-    loaded = EvictingCache.from_pretrained(tmp_path, ours.config, SnapKV(recent=8), device=DEVICE, **mode)
-    more = torch.cat([mask, torch.ones(3, 4, dtype=torch.long, device=DEVICE)], 1)
-    for either in (cache, loaded):
-        ours(prompt(4, batch=3, seed=9), attention_mask=more, past_key_values=either)
-        either.evict(0.5)
-    for before, after in zip(evictions[:3], evictions[3:], strict=True):
-        assert torch.equal(before.indices, after.indices)
+    for at_will in (False, True):
+        cache = EvictingCache(ours.config, KeyDiff(recent=8), **(dict(budget=300) if at_will else dict(keep=keep)))
+        ours(ids, attention_mask=mask, past_key_values=cache)
+        if at_will:
+            cache.evict(keep)
+        for b, n in enumerate(BATCH):
+            told = keep.per_layer(3, n) if isinstance(keep.keep, float) or keep.keep <= n else (n,) * 3
+            assert [int(layer.lengths[b]) for layer in cache.layers] == list(told)
+
+
+@torch.no_grad()
+def test_an_error_in_evict_changes_no_layer(ours):
+    class Raises(KeyDiff):
+        def scores(self, seen):
+            if seen.layer == 2:
+                raise RuntimeError("no scores for layer 2")
+            return super().scores(seen)
+
+    cache = EvictingCache(ours.config, Raises(), budget=400)
+    ours(prompt(200), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="layer 2"):
+        cache.evict(50)
+    assert lengths(cache) == [(200, 200)] * 3
+    for static in (False, True):
+        calls = []
+
+        def on_evict(eviction, calls=calls):
+            calls.append(eviction.layer)
+            raise RuntimeError("not now")
+
+        cache = EvictingCache(ours.config, KeyDiff(), budget=400, on_evict=on_evict, static=static)
+        ours(prompt(200), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="not now"):
+            cache.evict(50)
+        assert lengths(cache) == [(200, 50)] * 3 and calls == [0]
+
+
+def test_a_scorer_of_too_few_layers_is_refused_before_anything_is_read(plain):
+    few = Learned(layers=learned().layers[:2])
+    for policy in (few, Hybrid(parts=((1.0, few), (1.0, KeyDiff())), heads="shared")):
+        with pytest.raises(ValueError, match="weights for 2 layers: expected 3"):
+            EvictingCache(plain.config, policy, keep=0.5)
+
+
+@torch.no_grad()
+def test_evicting_unlike_layers_needs_our_attention_from_then_on(ours, plain):
+    cache = EvictingCache(ours.config, KeyDiff(recent=8), budget=200)
+    ours(prompt(90), past_key_values=cache)
+    cache.evict(Pyramid(0.5))
+    cache._config = plain.config
+    with pytest.raises(ValueError, match="budgets that differ by layer"):
+        plain(prompt(3), past_key_values=cache)
+    cache = EvictingCache(plain.config, KeyDiff(recent=8), budget=200)
+    plain(prompt(90), past_key_values=cache)
+    with pytest.raises(ValueError, match=SET_UP):
+        cache.evict(Pyramid(0.5))
+    assert lengths(cache) == [(90, 90)] * 3
+
+
+def of_request(cache, b):
+    """Everything that a cache holds and notes of one request, as lists of tensors cut to its length."""
+    for layer in cache.layers:
+        n = layer.cached() if layer.lengths is None else int(layer.lengths[b])
+        notes, tracker = layer.notes, layer.notes.tracker
+        yield layer.keys[b, :, :n]
+        yield layer.values[b, :, :n]
+        yield torch.as_tensor(layer.tail).expand(len(layer.keys))[b]
+        if notes.queries is not None:
+            yield notes.queries[b, :, -min(n, 64) :]
+        if notes.hidden is not None:
+            yield notes.hidden[b, :, :n]
+        if tracker is not None:
+            yield tracker.lengths[b]
+            yield tracker.tokens_seen[b]
+            for state in (tracker.mass, tracker.last_used, tracker.positions):
+                yield state[b, :, :n]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["reorder", "select", "select by mask", "repeat"])
+@pytest.mark.parametrize("policy", [KeyDiff(recent=8), SnapKV(recent=8), AttentionMass(recent=8, grace=8), learned()],
+                         ids=lambda p: type(p).__name__)  # fmt: skip
+def test_requests_take_all_that_is_noted_of_them_along(ours, policy, how):
+    ids, mask = padded()
+    cache = EvictingCache(ours.config, policy, budget=200)
+    with cache.noting_hidden(ours):
+        ours(ids, attention_mask=mask, past_key_values=cache)
+        cache.evict(0.8)
+    before = [list(of_request(cache, b)) for b in range(3)]
+    if how == "reorder":
+        cache.reorder_cache(torch.tensor([2, 0, 0], device=DEVICE))
+    elif how == "select":
+        cache.batch_select_indices(torch.tensor([2, 1], device=DEVICE))
+    elif how == "select by mask":
+        cache.batch_select_indices(torch.tensor([True, False, True], device=DEVICE))
+    else:
+        cache.batch_repeat_interleave(2)
+    now = {"reorder": [2, 0, 0], "select": [2, 1], "select by mask": [0, 2], "repeat": [0, 0, 1, 1, 2, 2]}[how]
+    assert len(before[0]) >= 9
+    for i, b in enumerate(now):
+        for one, other in zip(before[b], of_request(cache, i), strict=True):
+            assert torch.equal(one, other)
+    cache.evict(0.5)
+    assert cache.layers[0].lengths.tolist() == [(round(BATCH[b] * 0.8) + 1) // 2 for b in now]
+
+
+def test_a_prompt_in_chunks_that_keep_does_not_cut_is_warned_of_once(ours, caplog):
+    def read(pieces, keep=0.5):
+        cache = EvictingCache(ours.config, KeyDiff(recent=8), keep=keep)
+        with torch.no_grad():
+            for piece in pieces:
+                ours(prompt(piece), past_key_values=cache)
+
+    read([100, 6])  # a question
+    read([100, 1, 1, 90])  # a later turn
+    generate(ours, prompt(100), past_key_values=EvictingCache(ours.config, KeyDiff(recent=8), keep=0.5))
+    assert not caplog.records
+    read([32, 32, 32, 4])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("kvevict: keep= cut the first forward, of 32 tokens, and keeps all of the 32")
+
+
+def test_the_model_is_all_that_is_needed():
+    """Attention is set, names are policies, and it is iterated as a DynamicCache is."""
+    model = tiny()
+    assert model.config._attn_implementation == "sdpa"
+    cache = EvictingCache(model, "recommended", keep=0.5)
+    assert model.config._attn_implementation == "kvevict"
+    expected = EvictingCache(model.config, RECOMMENDED, keep=0.5)
+    assert torch.equal(generate(model, prompt(80), past_key_values=cache),
+                       generate(model, prompt(80), past_key_values=expected))  # fmt: skip
+    for layer, (keys, values, window) in zip(expected.layers, cache, strict=True):
+        assert torch.equal(keys, layer.keys) and torch.equal(values, layer.values) and window is None
+    assert len(list(cache)) == 3 and lengths(cache) == [(91, 51)] * 3
+    for name in NAMED:
+        EvictingCache(model, name, keep=0.5)
+
+
+def test_a_config_of_fewer_layers_is_named(plain):
+    few = copy.deepcopy(plain.config)
+    few.num_hidden_layers = 2
+    with pytest.raises(ValueError, match="layer_idx is 2: expected less than 2"):
+        generate(plain, prompt(20), past_key_values=EvictingCache(few, keep=0.5))
+
+
+@pytest.mark.parametrize("policy", [KeyDiff(recent=8), AttentionMass(recent=8, grace=8), SnapKV(recent=8)],
+                         ids=lambda p: type(p).__name__)  # fmt: skip
+def test_a_cache_filled_in_inference_mode_goes_on_outside_of_it(ours, policy):
+    said = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        cache = EvictingCache(ours.config, policy, budget=60, interval=4)
+        with mode():
+            logits = ours(prompt(50), past_key_values=cache).logits
+        for step in range(20):
+            logits = ours(prompt(1, seed=step), past_key_values=cache).logits
+        cache.crop(-2)
+        cache.evict(0.5)
+        said.append(logits.detach())
+    torch.testing.assert_close(*said)
 
 
 def test_reset_and_uniform_budget(plain):
     cache = EvictingCache(plain.config, keep=Uniform(0.5))
     first = generate(plain, prompt(80), past_key_values=cache)
+    cache.reset()
     cache.reset()
     assert cache.get_seq_length() == 0 and torch.equal(generate(plain, prompt(80), past_key_values=cache), first)
 

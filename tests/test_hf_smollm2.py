@@ -102,6 +102,11 @@ def model_and_caches(request, smollm2):
 )
 def test_as_transformers_tests_its_caches(model_and_caches, options):
     model, tokenizer, caches = model_and_caches
+    if model.config._attn_implementation == "sdpa":  # in which padding is not seen
+        inputs = padded(tokenizer, ["The cat", "Blue is"])
+        with pytest.raises(ValueError, match="padding is taken for tokens"):
+            model.generate(**inputs, past_key_values=caches[1](), pad_token_id=0)
+        return
     options = dict(max_new_tokens=10, pad_token_id=0, **options)
     for inputs in (
         padded(tokenizer, ["A sequence: 1, 2, 3, 4, 5", "A sequence: A, B, C"]),

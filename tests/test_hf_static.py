@@ -235,20 +235,20 @@ def test_what_is_cropped_was_never_there(plain):  # noqa: F811
 
 
 @torch.no_grad()
-def test_requests_change_places_but_not_their_number(plain):  # noqa: F811
+def test_requests_change_places_but_not_their_number(ours):  # noqa: F811
     ids = prompt(100, batch=3)
     expected = []
     for b in (2, 0, 0):
-        cache = EvictingCache(plain.config, KeyDiff(recent=8), static=True, **OPTIONS)
-        plain(ids[b : b + 1], past_key_values=cache)
-        expected.append(plain(prompt(1, seed=1), past_key_values=cache).logits)
+        cache = EvictingCache(ours.config, KeyDiff(recent=8), static=True, **OPTIONS)
+        ours(ids[b : b + 1], past_key_values=cache)
+        expected.append(ours(prompt(1, seed=1), past_key_values=cache).logits)
     for settled in (True, False):
-        cache = EvictingCache(plain.config, KeyDiff(recent=8), static=True, **OPTIONS)
-        plain(ids, past_key_values=cache)
+        cache = EvictingCache(ours.config, KeyDiff(recent=8), static=True, **OPTIONS)
+        ours(ids, past_key_values=cache)
         if settled:
             cache.settle()
         cache.reorder_cache(torch.tensor([2, 0, 0], device=DEVICE))
-        logits = plain(prompt(1, seed=1).expand(3, 1), past_key_values=cache).logits
+        logits = ours(prompt(1, seed=1).expand(3, 1), past_key_values=cache).logits
         torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-4, atol=1e-4)
     before = [(layer.keys.clone(), layer.keys.data_ptr()) for layer in cache.layers]
     for number, change in ((1, lambda: cache.batch_select_indices(torch.tensor([1]))),
@@ -261,21 +261,21 @@ def test_requests_change_places_but_not_their_number(plain):  # noqa: F811
     )
 
 
-def test_reset_is_for_another_text_of_the_same_batch(plain):  # noqa: F811
-    cache = EvictingCache(plain.config, KeyDiff(recent=8), static=True, **OPTIONS)
-    fresh = EvictingCache(plain.config, KeyDiff(recent=8), static=True, **OPTIONS)
-    generate(plain, prompt(150), past_key_values=cache)
+def test_reset_is_for_another_text_of_the_same_batch(ours):  # noqa: F811
+    cache = EvictingCache(ours.config, KeyDiff(recent=8), static=True, **OPTIONS)
+    fresh = EvictingCache(ours.config, KeyDiff(recent=8), static=True, **OPTIONS)
+    generate(ours, prompt(150), past_key_values=cache)
     before = buffers(cache)
     cache.reset()
     cache.reset()
-    said = [generate(plain, prompt(90, seed=2), past_key_values=c) for c in (cache, fresh)]
+    said = [generate(ours, prompt(90, seed=2), past_key_values=c) for c in (cache, fresh)]
     assert torch.equal(*said) and buffers(cache) == before and cache.report() == fresh.report()
     cache.reset()
     with (
         torch.no_grad(),
         pytest.raises(ValueError, match=r"keys have shape \(2, 2, 9, 16\): expected \(1, 2, 64, 16\)"),
     ):
-        plain(prompt(9, batch=2), past_key_values=cache)
+        ours(prompt(9, batch=2), past_key_values=cache)
     assert {r.seen for r in cache.report()} == {0}
 
 

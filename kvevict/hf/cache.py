@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import logging
 import pathlib
 from collections.abc import Callable, Iterator
@@ -16,13 +16,14 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvevict import validate
-from kvevict.hf.attention import NAME, SET_UP
+from kvevict.hf import masks, saved, shares
+from kvevict.hf.attention import NAME, SET_UP, set_up
 from kvevict.hf.layer import EvictingLayer, Eviction, new_tokens
 from kvevict.hf.static import StaticEvictingLayer
-from kvevict.policies import Budget, KeyDiff, Learned, Policy, Uniform
+from kvevict.policies import NAMED, RECOMMENDED, Budget, Hybrid, KeyDiff, Learned, Policy, Uniform
 
 logger = logging.getLogger("kvevict")
-OPTIONAL = ("lengths", "queries", "query_count", "hidden")  # what a layer holds beside keys and values, or None
+POLICIES: dict[str, Policy] = {"recommended": RECOMMENDED} | NAMED
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class LayerReport:
 class EvictingCache(Cache):
     """A drop-in cache for `generate` that keeps the tokens worth keeping.
 
-        cache = EvictingCache(model.config, KeyDiff(), keep=0.5)
+        cache = EvictingCache(model, KeyDiff(), keep=0.5)
         model.generate(**inputs, past_key_values=cache)
 
     Two modes. `keep` cuts the prompt, the first forward, once, after its attention. `budget` holds every layer at that
@@ -52,12 +53,19 @@ class EvictingCache(Cache):
     `with cache.noting_hidden(model):`.
 
     Policies that read queries or attention, batches with padding, and budgets that differ by layer need the model's
-    attention to be ours: `model.set_attn_implementation("kvevict")`; it computes what SDPA computes. Padding must be on
-    the left. Without it padding cannot be seen, and is taken for tokens.
+    attention to be ours, which computes what SDPA computes: given the model, the cache calls
+    `model.set_attn_implementation("kvevict")`. Padding must be on the left. Where a model's attention cannot be ours,
+    this is said once, and what needs it is refused; padding too.
+
+    Given a config alone, nothing is set and no padding is seen until that call is made: then one request is taken to
+    have none, and a batch is refused.
+
+    Models with latent attention (MLA) cache latents from transformers 5.17 on. Policies that read keys alone score the
+    latent that keys and values are computed from, one vector per token for all heads, without the rotary part.
 
     Args:
-        config: the model's.
-        policy: what is worth keeping.
+        model: the model, or its config.
+        policy: what is worth keeping, or its name: "recommended", "keydiff", ...: a key of `kvevict.hf.cache.POLICIES`.
         keep: a share (float in (0, 1]) or number (int) of the prompt's tokens, or a Budget, which shares it out.
         budget: tokens per layer, or a Budget with an int keep.
         interval: with `budget`, how many tokens a layer may hold beyond it: eviction runs once in so many steps.
@@ -69,14 +77,16 @@ class EvictingCache(Cache):
             `interval` steps; `generate` and plain forwards do it themselves.
 
     Raises:
-        ValueError: not exactly one of keep and budget, or values out of range.
-        ValueError, from the model's forward: the attention is not ours and has to be.
+        ValueError: not exactly one of keep and budget, or values out of range; a model whose layers cannot be evicted
+            from (ALiBi, layers of other kinds).
+        ValueError, from the model's forward: the attention is not ours and has to be; a mask that hides more than
+            padding on the left.
     """
 
     def __init__(
         self,
-        config: Any,
-        policy: Policy | None = None,
+        model: Any,
+        policy: Policy | str | None = None,
         *,
         keep: int | float | Budget | None = None,
         budget: int | Budget | None = None,
@@ -85,19 +95,21 @@ class EvictingCache(Cache):
         on_evict: Callable[[Eviction], None] | None = None,
         static: bool = False,
     ) -> None:
+        if isinstance(policy, str):
+            validate.one_of("policy", policy, tuple(POLICIES))
+            policy = POLICIES[policy]
         policy = KeyDiff() if policy is None else policy
         if not isinstance(policy, Policy):
-            raise TypeError(f"policy is {policy!r}: expected a kvevict.policies.Policy")
+            raise TypeError(f"policy is {policy!r}: expected a kvevict.policies.Policy or its name")
         if (keep is None) == (budget is None):
             raise ValueError(f"keep is {keep} and budget is {budget}: expected exactly one of them")
         validate.integer("interval", interval, 0)
         validate.integer("pin", pin, 0)
         if pin > policy.protected[0]:
             policy = replace(policy, sink=pin)
-        self._config = config.get_text_config(decoder=True)
-        self._budget = self._as_budget(keep if budget is None else budget)
-        if budget is not None and (not isinstance(self._budget.keep, int) or self._budget.keep <= pin):
-            raise ValueError(f"budget is {self._budget.keep}: expected an int number of tokens, more than pin, {pin}")
+        share = _as_budget(keep if budget is None else budget)
+        if budget is not None and (not isinstance(share.keep, int) or share.keep <= pin):
+            raise ValueError(f"budget is {share.keep}: expected an int number of tokens, more than pin, {pin}")
         if (
             budget is not None
             and "hidden" in policy.needs
@@ -110,67 +122,104 @@ class EvictingCache(Cache):
                 f"static is True with budget {budget}, interval {interval} and {type(policy).__name__}: expected a "
                 "budget, an interval of at least 1, and a policy that reads keys alone"
             )
+        whole_config = getattr(model, "config", model)
+        self._config = whole_config.get_text_config(decoder=True)
+        self._policy = policy
         self._static, self._unsettled, self._interval = static, 0, interval
         self.on_evict = on_evict
-        self._warned = False
         self._retained: dict[int, Tensor] = {}
+        self._held: list[Eviction] | None = None  # while `evict` is at work: what is to be told when it is done
+        self._after_cut: int | None = 0  # tokens of the forwards right after a prompt was cut, None once it is over
 
-        layers = DynamicCache(config=config).layers
-        full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
-        if not full:
-            raise ValueError(f"config is of {self._config.model_type}, which has no full-attention layer to evict from")
-        shares = self._per_layer(len(full))
-        self._unequal = len(set(shares)) > 1
-        for i, share in zip(full, shares, strict=True):
-            target: dict[str, Any] = {"keep": share} if budget is None else {"budget": share}
-            layers[i] = (StaticEvictingLayer if static else EvictingLayer)(
+        layers = DynamicCache(config=whole_config).layers
+        full = _full_layers(self._config, layers)
+        _check_learned(policy, full[-1] + 1)
+        parts = shares.beforehand(share, len(full))
+        self._unequal = len(set(parts)) > 1
+        make = StaticEvictingLayer if static else EvictingLayer
+        for n, i in enumerate(full):
+            target: dict[str, Any] = {"budget": parts[n]}
+            if budget is None:
+                target = {"keep": functools.partial(shares.of_layer, share, n, len(full))}
+            layers[i] = make(
                 i, policy, interval, attention_is_ours=self._attention_is_ours, on_evict=self._noted, **target
             )
         super().__init__(layers=layers)
-        self._last_full = full[-1]
-
-    @staticmethod
-    def _as_budget(value: int | float | Budget | None) -> Budget:
-        if isinstance(value, Budget):
-            return value
-        assert value is not None
-        return Uniform(value)
-
-    def _per_layer(self, layers: int) -> list[int | float]:
-        if isinstance(self._budget, Uniform):
-            return [self._budget.keep] * layers
-        if isinstance(self._budget.keep, int):  # nothing says yet how many tokens there will be
-            return list(self._budget.per_layer(layers, 2**62))
-        whole = 1_000_000  # a share of every layer, to six digits
-        return [n / whole for n in self._budget.per_layer(layers, whole)]
+        self._full = full
+        self._guarded = False
+        if hasattr(model, "set_attn_implementation"):
+            self._guarded = not set_up(model)
 
     def _attention_is_ours(self) -> bool:
         return self._config._attn_implementation == NAME
 
     def _noted(self, eviction: Eviction) -> None:
+        if self._held is not None:
+            self._held.append(eviction)
+            return
         if eviction.retained_mass is not None:
             self._retained[eviction.layer] = eviction.retained_mass
-        if eviction.layer == self._last_full:
-            logger.info("kept %d of %d tokens in layer %d", eviction.kept, eviction.before, eviction.layer)
+        if eviction.layer == self._full[-1]:
+            logger.info("kvevict: kept %d of %d tokens in layer %d", eviction.kept, eviction.before, eviction.layer)
         if self.on_evict is not None:
             self.on_evict(eviction)
 
     def _evicting(self) -> list[EvictingLayer]:
         return [layer for layer in self.layers if isinstance(layer, EvictingLayer)]
 
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """(keys, values, sliding window) of each layer, as a DynamicCache gives them."""
+        for layer in self.layers:
+            keys: Tensor | None = getattr(layer, "keys", None)
+            values: Tensor | None = getattr(layer, "values", None)
+            if isinstance(layer, EvictingLayer) and keys is not None and values is not None:
+                keys, values = keys[:, :, : layer.cached()], values[:, :, : layer.cached()]
+            yield keys, values, getattr(layer, "_sliding_window_tensor", None)
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        if self._unequal and not self._attention_is_ours():
-            raise ValueError(f"the layers' budgets differ, and one mask has to serve them all: call {SET_UP}")
-        if key_states.shape[0] > 1 and not self._warned and not self._attention_is_ours():
-            logger.warning("a batch of %d: padding is not seen unless you call %s", key_states.shape[0], SET_UP)
-            self._warned = True
+        if layer_idx >= len(self.layers):
+            raise ValueError(f"layer_idx is {layer_idx}: expected less than {len(self.layers)}, the config's layers")
+        if layer_idx == self._full[0]:
+            masks.forget()
+            if not self._attention_is_ours():
+                self._refuse_what_is_not_seen(key_states.shape[0])
+            self._watch_for_chunks(key_states.shape[2])
         before = self.layers[layer_idx - 1] if layer_idx > 0 else None
         # Its attention is done: its memory is free before this layer grows.
         if isinstance(before, StaticEvictingLayer):
             before.settle_overflow()
-        elif isinstance(before, EvictingLayer):
+        elif isinstance(before, EvictingLayer) and not before.record_past:
             before.settle()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _refuse_what_is_not_seen(self, batch: int) -> None:
+        """Before anything is cached: what the policy, the budget or the batch asks of an attention that is not ours."""
+        remedy = "which this model cannot use" if self._guarded else f"call {SET_UP}"
+        needs = sorted(self._policy.needs - {"hidden"})
+        if needs and any(layer.watching for layer in self._evicting()):
+            raise ValueError(
+                f'{type(self._policy).__name__} needs {", ".join(needs)} from "{NAME}" attention: {remedy}'
+            )
+        if self._unequal:
+            raise ValueError(f'budgets that differ by layer need "{NAME}" attention, as one mask fits one: {remedy}')
+        if batch > 1 and not self._guarded:
+            raise ValueError(
+                f'a batch of {batch} requests needs "{NAME}" attention, without which padding is taken for tokens: '
+                f"{remedy}, or make the cache with the model, not its config"
+            )
+
+    def _watch_for_chunks(self, new: int) -> None:
+        layer = self._evicting()[0]
+        if self._after_cut is None or layer.keep is None or not layer.compressed:
+            return
+        self._after_cut = None if new == 1 or layer.record_past else self._after_cut + new
+        if self._after_cut is not None and 2 * self._after_cut > layer.cached() + new:
+            logger.warning(
+                "kvevict: keep= cut the first forward, of %d tokens, and keeps all of the %d tokens that came in the "
+                "forwards after it; for a prompt in chunks use budget=, or evict() once it is read",
+                layer.tokens_seen + new - self._after_cut, self._after_cut,
+            )  # fmt: skip
+            self._after_cut = None
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         if self._static and not torch.compiler.is_compiling():
@@ -190,6 +239,7 @@ class EvictingCache(Cache):
 
     def evict(self, keep: int | float | Budget) -> None:
         """Evict now, in every evicting layer: a document that was read in chunks, say, before it is asked about.
+        In all layers or, where an error is raised before, in none; then `on_evict` is called for each.
 
         Args:
             keep: share or number of the cached tokens, or a Budget that shares them out over the layers (with
@@ -201,32 +251,69 @@ class EvictingCache(Cache):
         """
         self.settle()
         layers = self._evicting()
-        if not all(layer.is_initialized for layer in layers):
+        if any(not layer.is_initialized or layer.cached() == 0 for layer in layers):
             raise ValueError("the cache is empty: expected a cache after a forward")
-        budget = self._as_budget(keep)
-        longest = max(layer.cached() for layer in layers)
-        if isinstance(budget, Uniform):
-            shares = [budget.keep] * len(layers)
-        else:
-            shares = list(budget.per_layer(len(layers), longest))
-        if len(set(shares)) > 1:
+        budget = _as_budget(keep)
+        tokens = layers[0].tokens() if isinstance(budget, Uniform) else _most([layer.tokens() for layer in layers])
+        told = [shares.of_layer(budget, n, len(layers), tokens) for n in range(len(layers))]
+        unequal = any(share != told[0] for share in told)
+        if unequal and self._static:
+            raise ValueError(f"keep is {keep}: expected the same for all layers of a static cache")
+        if unequal and not self._attention_is_ours():
+            raise ValueError(f'keep is {keep}, and budgets that differ by layer need "{NAME}" attention: call {SET_UP}')
+        self._held = []
+        try:
             if self._static:
-                raise ValueError(f"keep is {keep}: expected the same for all layers of a static cache")
-            self._unequal = True
-        for layer, share in zip(layers, shares, strict=True):
-            layer.evict(share)
+                for layer, share in zip(layers, told, strict=True):
+                    layer.evict(share)
+            else:
+                choices = [layer.choose(share) for layer, share in zip(layers, told, strict=True)]
+                self._unequal |= unequal
+                for layer, choice in zip(layers, choices, strict=True):
+                    layer.apply(choice)
+        finally:
+            held, self._held = self._held, None
+        for eviction in held:
+            self._noted(eviction)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, as in `EvictingLayer.crop`: in all layers, or in none where one refuses."""
+        layers = self._evicting()
+        recording = any(layer.record_past for layer in layers)
+        if not recording and not self._static:
+            self.settle()  # so that all layers evict the same tokens, whether or not they did before this call
+        for layer in layers:
+            layer.cropped(tokens_to_remove)
+        others: list[Any] = [layer for layer in self.layers if not isinstance(layer, EvictingLayer)]
+        for any_layer in (*others, *layers):  # others may refuse too
+            any_layer.crop(tokens_to_remove)
+        if recording and not self._static:
+            self.settle()
+
+    def reset(self) -> None:
+        super().reset()
+        self._retained, self._unsettled, self._after_cut = {}, 0, 0
 
     @contextlib.contextmanager
     def noting_hidden(self, model: Any) -> Iterator[None]:
         """Inside the block the model's forwards tell this cache what enters each layer's attention, for policies that
-        read hidden states. By forward hooks, which are gone after it."""
+        read hidden states. By forward hooks, which are gone after it.
+
+        Raises:
+            ValueError: the model's attention modules are not found by their names.
+        """
         layers = {layer.index: layer for layer in self._evicting() if "hidden" in layer.policy.needs}
 
         def note(module, arguments, options):
             if options.get("past_key_values") is self:
                 layers[module.layer_idx].note_hidden(options.get("hidden_states", *arguments[:1]))
 
-        attentions = [m for m in model.modules() if getattr(m, "layer_idx", None) in layers and hasattr(m, "k_proj")]
+        attentions = [
+            module for module in model.modules()
+            if getattr(module, "layer_idx", None) in layers and "Attention" in type(module).__name__
+        ]  # fmt: skip
+        if {module.layer_idx for module in attentions} != layers.keys():
+            raise ValueError(f"{type(model).__name__} has no module named ...Attention for each layer of the cache")
         hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in attentions]
         try:
             yield
@@ -255,73 +342,82 @@ class EvictingCache(Cache):
         return reports
 
     def save_pretrained(self, folder: str | pathlib.Path) -> None:
-        """Write the compressed cache to a folder (safetensors), to answer later questions from.
+        """Write the compressed cache to a folder (safetensors), to answer later questions from. A file that is there
+        is replaced at once, when the new one is whole.
 
         Raises:
             ValueError: nothing is cached; a layer that does not evict holds tokens (its window is not saved).
         """
-        from safetensors.torch import save_file
-
         self.settle()
-        folder = pathlib.Path(folder)
-        tensors, state = {}, {}
-        for i, layer in enumerate(self.layers):
-            if not isinstance(layer, EvictingLayer) or isinstance(layer, StaticEvictingLayer):
-                raise ValueError(f"layer {i} is {layer!r}: expected layers that evict and are not static")
-            if not layer.is_initialized:
-                raise ValueError("the cache is empty: expected a cache after a forward")
-            tensors[f"{i}.keys"], tensors[f"{i}.values"] = layer.keys.contiguous(), layer.values.contiguous()
-            for name in OPTIONAL:
-                if getattr(layer, name) is not None:
-                    tensors[f"{i}.{name}"] = getattr(layer, name).contiguous()
-            if layer.tracker is not None:
-                n = layer.keys.shape[2]
-                for name in ("mass", "last_used", "positions"):
-                    tensors[f"{i}.{name}"] = getattr(layer.tracker, name)[:, :, :n].contiguous()
-                tensors[f"{i}.tokens_seen"] = layer.tracker.tokens_seen
-                tensors[f"{i}.valid"] = layer.tracker.lengths
-            step = 0 if layer.tracker is None else layer.tracker.step
-            state[i] = dict(
-                tokens_seen=layer.tokens_seen, evicted=layer.evicted, compressed=layer._compressed, step=step
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, str(folder / "cache.safetensors"))
-        (folder / "cache.json").write_text(json.dumps({"format": 1, "layers": state}) + "\n")
+        saved.save(self._saveable(), self._config, pathlib.Path(folder))
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | pathlib.Path, config: Any, policy: Policy | None = None, *, device: Any = "cpu", **options
+        cls,
+        folder: str | pathlib.Path,
+        model: Any,
+        policy: Policy | str | None = None,
+        *,
+        device: Any = "cpu",
+        **options,
     ) -> EvictingCache:
         """Read what `save_pretrained` wrote; the other arguments as for a new cache.
 
         Raises:
-            FileNotFoundError: no such cache. ValueError: of a model with other layers.
+            FileNotFoundError: no such cache.
+            ValueError: not a whole and consistent one; of another model; without what the policy reads.
         """
-        from safetensors.torch import load_file
-
-        from kvevict.policies import Tracker
-
-        cache = cls(config, policy, **options)
-        folder = pathlib.Path(folder)
-        state = json.loads((folder / "cache.json").read_text())["layers"]
-        tensors = load_file(str(folder / "cache.safetensors"), device=str(device))
-        if len(state) != len(cache.layers) or not all(isinstance(layer, EvictingLayer) for layer in cache.layers):
-            raise ValueError(f"{folder} has {len(state)} layers: expected {len(cache.layers)}, as the config has")
-        for i, layer in enumerate(cache._evicting()):
-            keys, values = tensors[f"{i}.keys"], tensors[f"{i}.values"]
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
-            for name in OPTIONAL:
-                setattr(layer, name, tensors.get(f"{i}.{name}"))
-            layer.tokens_seen, layer.evicted = state[str(i)]["tokens_seen"], state[str(i)]["evicted"]
-            layer._compressed = state[str(i)]["compressed"]
-            if f"{i}.mass" in tensors:
-                B, H, n = tensors[f"{i}.mass"].shape
-                tracker = Tracker(B, H, n, keys.device)
-                tracker.append(n)
-                tracker.lengths, tracker.tokens_seen = tensors[f"{i}.valid"], tensors[f"{i}.tokens_seen"]
-                for name in ("mass", "last_used", "positions"):
-                    getattr(tracker, name).copy_(tensors[f"{i}.{name}"])
-                tracker.step = state[str(i)]["step"]
-                layer.tracker = tracker
+        cache = cls(model, policy, **options)
+        layers = cache._saveable()
+        saved.load(layers, cache._config, pathlib.Path(folder), device)
+        cache._unequal |= len({layer.cached() for layer in layers}) > 1
         return cache
+
+    def _saveable(self) -> list[EvictingLayer]:
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, EvictingLayer) or isinstance(layer, StaticEvictingLayer):
+                raise ValueError(f"layer {i} is {layer!r}: expected layers that evict and are not static")
+        return self._evicting()
+
+
+def _as_budget(value: int | float | Budget | None) -> Budget:
+    if isinstance(value, Budget):
+        return value
+    assert value is not None
+    return Uniform(value)
+
+
+def _most(of_layers: list[Any]) -> int | list[int]:
+    """Of each layer's number of tokens, or list of each request's: the largest."""
+    if isinstance(of_layers[0], int):
+        return max(of_layers)
+    return [max(of_request) for of_request in zip(*of_layers, strict=True)]
+
+
+def _full_layers(config: Any, layers: list[Any]) -> list[int]:
+    """The layers that grow without end, all of which must be of the kind that can be evicted from."""
+    if config.model_type == "bloom" or getattr(config, "alibi", False) or _mpt_alibi(config):
+        raise ValueError(
+            f"config is of {config.model_type}, whose attention is biased by distance (ALiBi): expected positions in "
+            "the keys (RoPE) or in the embeddings, because distances are not those of a cache that has evicted"
+        )
+    full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    others = {type(x).__name__ for x in layers if isinstance(x, DynamicLayer) and not x.is_sliding} - {"DynamicLayer"}
+    if others or not full:
+        what = f"layers of the kind {', '.join(sorted(others))}" if others else "no layer that grows with the text"
+        raise ValueError(
+            f"config is of {config.model_type}, which has {what}: expected DynamicLayer, as models with full attention "
+            "have, which alone can be evicted from"
+        )
+    return full
+
+
+def _mpt_alibi(config: Any) -> bool:
+    return bool(getattr(getattr(config, "attn_config", None), "alibi", False))
+
+
+def _check_learned(policy: Policy, layers: int) -> None:
+    parts = [part for _, part in policy.parts] if isinstance(policy, Hybrid) else []
+    for part in (policy, *parts):
+        if isinstance(part, Learned) and len(part.layers) < layers:
+            raise ValueError(f"policy has weights for {len(part.layers)} layers: expected {layers}, as the model has")

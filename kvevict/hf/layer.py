@@ -14,21 +14,18 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from kvevict import ops
-from kvevict.hf.attention import SET_UP, hand_over, sdpa
-from kvevict.policies import Policy, Tracker
-
-TRACKED = {"mass", "last_used"}
+from kvevict import ops, validate
+from kvevict.hf import masks
+from kvevict.hf.attention import NAME, hand_over, sdpa
+from kvevict.hf.notes import Notes, thawed
+from kvevict.hf.shares import Keep
+from kvevict.policies import Policy
+from kvevict.policies.observed import Observed
 
 
 def new_tokens(query_length: int | Tensor) -> int:
     """How many queries a mask is asked for. transformers 5.0 gives their positions [T] instead."""
     return query_length.shape[0] if isinstance(query_length, Tensor) else query_length
-
-
-def tokens_first(is_token: Tensor) -> Tensor:
-    """[B, S] bool -> [B, S] int64: the slots that hold a token, in order, and behind them the others."""
-    return (~is_token).long().argsort(dim=-1, stable=True)
 
 
 class Eviction(NamedTuple):
@@ -41,7 +38,29 @@ class Eviction(NamedTuple):
     retained_mass: Tensor | None  # scalar: share of the attention mass that the kept tokens had drawn, where known
 
 
+class Choice(NamedTuple):
+    """What an eviction will keep."""
+
+    indices: Tensor  # [B, H, n] int64
+    lengths: Tensor | None  # [B]: tokens of each request then, None where all have n
+
+
+class Step(NamedTuple):
+    """The slots that the last `update` filled, as its attention finds them."""
+
+    new: int
+    first: bool  # there was nothing before them
+    before: Tensor | None  # [B]: tokens that each request had, None where all had the same number
+    is_token: Tensor | None  # [B, new] bool: which of them hold a token, None for all
+
+
 class EvictingLayer(DynamicLayer):
+    """Arguments as EvictingCache has them.
+
+    keep: a share or number of the prompt's tokens, or a function that gives it for what `tokens` gives.
+    attention_is_ours: whether the model's attention is set to be `kvevict.hf.attention`.
+    """
+
     keys: Tensor  # type: ignore[assignment]  # [B, H, n, D] once there is a token
     values: Tensor  # type: ignore[assignment]
 
@@ -51,7 +70,7 @@ class EvictingLayer(DynamicLayer):
         policy: Policy,
         interval: int,
         *,
-        keep: int | float | None = None,
+        keep: int | float | Callable[[int | list[int]], Keep] | None = None,
         budget: int | None = None,
         attention_is_ours: Callable[[], bool],
         on_evict: Callable[[Eviction], None],
@@ -60,42 +79,45 @@ class EvictingLayer(DynamicLayer):
         self.index, self.policy = index, policy
         self.keep, self.budget, self.interval = keep, budget, interval
         self._attention_is_ours, self._on_evict = attention_is_ours, on_evict
+        self.record_past = False
         self._clear()
 
     def _clear(self) -> None:
         self.tokens_seen = 0  # by the longest request, left padding included: the next token's index
         self.evicted = 0  # slots given up, of the longest request
         self.lengths: Tensor | None = None  # [B]: valid tokens in front of each row; None: all
-        self.tracker: Tracker | None = None
-        self.queries: Tensor | None = None  # [B, Hq, ≤ window, D]: each request's last ones
-        self.query_count: Tensor | None = None  # [B]: how many they are, in a batch of unequal requests
-        self.hidden: Tensor | None = None  # [B, 1, n, M]: what entered this layer's attention, kept as keys are
-        self._entering: Tensor | None = None  # [B, T, M]: what enters it now
-        self._compressed = False  # keep=: the prompt has been cut
-        self._unread = False  # update has returned keys that attention may still read
-        self._since_eviction = 0
+        self.notes = Notes(self.policy)
+        self.compressed = False  # keep=: the prompt has been cut
+        self.tail: int | Tensor = 0  # so many last tokens ([B] of them: of each request) have none missing among them
+        self._entering: Tensor | None = None  # [B, T, M]: the hidden states that enter the layer's attention now
+        self._unread = False  # update has returned keys that attention may still read,
+        self._shape = (0, 0)  # for so many requests, of so many slots
+        self._step = Step(0, True, None, None)
 
     # What transformers asks of a layer.
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._thaw()
         self.settle()
-        if not self._attention_is_ours():
-            self._refuse_if_watching()
         new = key_states.shape[2]
-        if "hidden" in self.policy.needs and self._watching:
+        if self.notes.wants_hidden and self.watching:
             self._hidden_enters(new)
         self.tokens_seen += new
-        self._since_eviction += new
+        self.tail = self.tail + new
         self.keys = self._append(self.keys, key_states)
         self.values = self._append(self.values, value_states)
         if self.lengths is not None:
             self.lengths = self.lengths + new
-        self._unread = True
-        if self._attention_is_ours():
-            hand_over(self, self.keys)
+        self._returned(self.keys)
         return self.keys, self.values
+
+    def _returned(self, keys: Tensor) -> None:
+        """`update` returns these keys: attention is to read them next."""
+        self._unread, self._shape = True, (keys.shape[0], keys.shape[2])
+        if self._attention_is_ours():
+            hand_over(self, keys)
 
     def note_hidden(self, hidden: Tensor) -> None:
         """[B, T, M]: the hidden states of the tokens of the coming `update`."""
@@ -106,7 +128,8 @@ class EvictingLayer(DynamicLayer):
         if entering is None or entering.shape[1] != new:
             name = type(self.policy).__name__
             raise ValueError(f"{name} needs hidden: run the model inside `with cache.noting_hidden(model):`")
-        self.hidden = entering[:, None] if self.hidden is None else self._append(self.hidden, entering[:, None])
+        held = self.notes.hidden
+        self.notes.hidden = entering[:, None] if held is None else self._append(held, entering[:, None])
 
     def _append(self, cached: Tensor, new: Tensor) -> Tensor:
         if self.lengths is None:
@@ -116,23 +139,61 @@ class EvictingLayer(DynamicLayer):
         grown = torch.cat([cached, torch.zeros_like(new)], dim=2)
         return grown.scatter_(2, slots[:, None, :, None].expand(B, H, count, width), new)
 
+    def _thaw(self) -> None:
+        self.keys, self.values, self.lengths = thawed(self.keys), thawed(self.values), thawed(self.lengths)
+        self.notes.thaw()
+
     def get_seq_length(self) -> int:
         return self.tokens_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The cached tokens stand right before the new ones: every new query sees them all, and earlier new ones."""
         self.settle()
-        cached = self.keys.shape[2] if self.is_initialized else 0
+        cached = self.cached()
         return cached + new_tokens(query_length), self.tokens_seen - cached
 
     def cached(self) -> int:
         """Tokens in the cache, of the longest request."""
-        return self.keys.shape[2]
+        return self.keys.shape[2] if self.is_initialized and self.keys.ndim == 4 else 0
+
+    def tokens(self) -> int | list[int]:
+        """Tokens in the cache; of each request, where they differ, which is read on the host."""
+        return self.cached() if self.lengths is None else self.lengths.tolist()
 
     def reset(self) -> None:
-        del self.keys, self.values
+        self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False
         self._clear()
+
+    def activate_past_recording(self) -> None:
+        """From now on a forward is followed by a `crop`, of what turned out wrong in it: eviction waits for that."""
+        self.record_past = True
+
+    def croppable(self) -> int:
+        """How many tokens `crop` can take back. Reads a batch's numbers on the host."""
+        cached = self.cached()
+        if isinstance(self.tail, Tensor):
+            return min(int(self.tail.min()), cached)
+        return min(self.tail, cached)
+
+    def cropped(self, tokens_to_remove: int) -> int:
+        """How many tokens `crop(tokens_to_remove)` takes back.
+
+        Raises:
+            ValueError: more than it can.
+        """
+        if not self.is_initialized:
+            return 0
+        count = int(self.get_seq_length()) - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        if count <= 0:
+            return 0
+        most = self.croppable()
+        if count > most:
+            raise ValueError(
+                f"tokens_to_remove is {tokens_to_remove}: expected at least -{most}, because tokens before these have "
+                "been evicted; a larger recent window protects more"
+            )
+        return count
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, given as a negative number; a positive one is the length to go back to, as older
@@ -141,25 +202,16 @@ class EvictingLayer(DynamicLayer):
         Raises:
             ValueError: tokens from before the last eviction, which it did not protect.
         """
-        count = self.tokens_seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
-        if count <= 0 or not self.is_initialized:
+        count = self.cropped(tokens_to_remove)
+        if count == 0:
             return
-        self.settle()  # so that all layers evict the same tokens, whether or not they did before this call
-        still_there = self._since_eviction + (self.policy.protected[1] if self.evicted else 0)
-        if count > min(still_there, self.keys.shape[2]):
-            raise ValueError(
-                f"tokens_to_remove is {tokens_to_remove}: expected at least -{still_there}, because tokens before "
-                "these have been evicted; a larger recent window protects more"
-            )
+        self._thaw()
         self.tokens_seen -= count
-        self._since_eviction = max(self._since_eviction - count, 0)
+        self.tail = self.tail - count
         if self.lengths is not None:
             self.lengths = self.lengths - count
         self.keys, self.values = self.keys[:, :, :-count], self.values[:, :, :-count]
-        if self.tracker is not None:
-            self.tracker.drop_last(count)
-        self.queries = None if self.queries is None else self.queries[:, :, :-count]
-        self.hidden = None if self.hidden is None else self.hidden[:, :, :-count]
+        self.notes.crop(count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select_requests(beam_idx)
@@ -180,189 +232,230 @@ class EvictingLayer(DynamicLayer):
         requests = requests.to(self.keys.device)
         self.keys, self.values = self.keys.index_select(0, requests), self.values.index_select(0, requests)
         self.lengths = None if self.lengths is None else self.lengths[requests]
-        self.queries = None if self.queries is None else self.queries.index_select(0, requests)
-        self.hidden = None if self.hidden is None else self.hidden.index_select(0, requests)
-        self.query_count = None if self.query_count is None else self.query_count[requests]
-        if self.tracker is not None:
-            self.tracker.select_requests(requests)
+        self.tail = self.tail[requests] if isinstance(self.tail, Tensor) else self.tail
+        self.notes.select_requests(requests)
 
     # Attention, when the model's attention function is ours.
 
+    def awaits(self, module: Any, key: Tensor) -> bool:
+        """Whether attention over `key` in this module is the one that follows the last update. Its keys may be made of
+        the cached ones: models with latent attention (MLA) cache what their keys are computed from."""
+        follows = self._unread and getattr(module, "layer_idx", None) == self.index
+        return follows and (key.shape[0], key.shape[2]) == self._shape
+
     def attend(self, module, query, key, value, attention_mask, scaling=None, **options) -> tuple[Tensor, None]:
-        """SDPA over this layer's tokens; then what the policy reads is noted, and tokens are evicted if it is time."""
+        """SDPA over this layer's tokens; then what the policy reads is noted, and tokens are evicted if it is time.
+
+        Raises:
+            ValueError: the mask hides more than padding on the left, see `kvevict.hf.masks.read`; the policy reads what
+                this attention does not show.
+        """
+        if not self._unread:  # the same step's attention once more, over other values or for another layer
+            mask = self._mask(self._step, attention_mask, query, key)
+            return sdpa(module, query, key, value, mask, scaling=scaling, **options)
         new = query.shape[2]
-        first = self.tokens_seen == new
-        tracked = self._watching and self.policy.needs & TRACKED
-        is_token = self._new_tokens(attention_mask, new, first)
-        if tracked and not first and new == 1:
-            assert self.tracker is not None
-            self.tracker.reserve(key.shape[2])
-            self.tracker.append(1)
+        try:
+            self._check_seen(module, key is self.keys, options.get("s_aux") is not None)
+            step = self._step = self._this_step(attention_mask, query)
+        except ValueError:
+            self._take_back(new)
+            raise
+        tracked = self.watching and self.notes.tracked
+        tracker = self.notes.tracker
+        if tracked and new == 1 and tracker is not None and step.is_token is None:
+            tracker.reserve(key.shape[2])
+            tracker.append(1)
             decay = getattr(self.policy, "decay", 1.0)
-            output = self.tracker.attend(*(x.detach() for x in (query, key, value)), scale=scaling, decay=decay)
+            output = tracker.attend(*(x.detach() for x in (query, key, value)), scale=scaling, decay=decay)
             output = output.transpose(1, 2)
         else:
-            mask = attention_mask if first else self._mask(attention_mask, is_token, query, key)
+            mask = self._mask(step, attention_mask, query, key)
             output, _ = sdpa(module, query, key, value, mask, scaling=scaling, **options)
-            query = query.detach()  # what follows is bookkeeping, where gradients are on too
-            if is_token is not None:
-                query = self._close_gaps(query, is_token)
-            if tracked:
-                self._track_prompt(query, is_token, scaling)
-        if self._watching and self.policy.window:
-            self._note_queries(query.detach(), is_token)
+        query = query.detach()  # what follows is bookkeeping, where gradients are on too
+        if self.watching and self.notes.window:
+            usual = query.shape[3] ** -0.5  # policies know no other scale
+            scaled = query if scaling is None or scaling == usual else query * (scaling / usual)
+            self.notes.note_queries(scaled, step.is_token)
+        if step.is_token is not None:
+            query = self._close_gaps(query, step.is_token)
+        if tracked and not (new == 1 and tracker is not None and step.is_token is None):
+            count = new if step.is_token is None else step.is_token.sum(-1)
+            self.notes.note_prompt(query, self.keys.detach(), count, scaling)
         self._unread = False
-        self.settle()
+        if not self.record_past:
+            self.settle()
         return output, None
 
-    def _note_queries(self, query: Tensor, is_token: Tensor | None) -> None:
-        """Keep each request's last queries, as many as the policy reads: in front, padding behind them."""
-        B, _, new, _ = query.shape
-        window = self.policy.window
-        count = torch.full((B,), new, device=query.device) if is_token is None else is_token.sum(-1)
-        if self.queries is not None:
-            query = torch.cat([self.queries, query], dim=2)
-        if self.lengths is None:
-            self.queries = query[:, :, -window:].contiguous()
-            return
-        old = query.shape[2] - new
-        slots = torch.arange(query.shape[2], device=query.device)
-        old_count = 0 if self.query_count is None else self.query_count[:, None]
-        is_query = torch.where(slots < old, slots < old_count, slots - old < count[:, None])
-        total = is_query.sum(-1)
-        order = tokens_first(is_query)
-        first = (total - window).clamp(min=0)[:, None]
-        order = order.gather(1, (first + torch.arange(min(window, len(slots)), device=query.device)))
-        self.queries = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-        self.query_count = total.clamp(max=window)
+    def _take_back(self, new: int) -> None:
+        """As if the last update had never been."""
+        self._unread = False
+        if self.tokens_seen == new:
+            self.reset()
+        else:
+            self.crop(-new)
 
-    def _new_tokens(self, mask: Tensor | None, new: int, first: bool) -> Tensor | None:
-        """[B, new] bool: which of the new slots hold a token, as the last query's row of transformers' mask shows; None
-        means all. Only a prompt can bring padding; there it costs one look at the mask from the host."""
-        if new == 1 or mask is None or mask.dtype != torch.bool or not (first or self.lengths is not None):
-            return None
-        is_token = mask[:, 0, -1, -new:]
-        return None if bool(is_token.all()) else is_token
+    def _check_seen(self, module: Any, as_cached: bool, sinks: bool) -> None:
+        """What the policy reads of attention must be there to be noted."""
+        name, needs = type(self.policy).__name__, self.notes.tracked or self.notes.window > 0
+        if self.watching and needs and not as_cached:
+            raise ValueError(
+                f"{name} reads attention, and {type(module).__name__} does not attend over what it caches but over "
+                "keys that it makes of that (MLA caches latents): use a policy that reads keys alone, such as KeyDiff"
+            )
+        if self.watching and self.notes.tracked and sinks:
+            raise ValueError(
+                f"{name} reads mass or last use, which are not noted beside the attention sinks of "
+                f"{type(module).__name__}: use a policy that reads keys or queries"
+            )
 
-    def _holds_token(self, is_token: Tensor) -> Tensor:
-        """[B, S] bool: the slots of cached tokens, and of those of the new ones that are tokens."""
-        B, new = is_token.shape
-        slots = torch.arange(self.keys.shape[2], device=is_token.device)
-        before = torch.zeros(B, 1, dtype=torch.int64, device=is_token.device)
-        if self.lengths is not None:
-            before = (self.lengths - new)[:, None]
-        ago = slots - before
-        return (ago < 0) | ((ago < new) & is_token.gather(1, ago.clamp(0, new - 1)))
+    def _this_step(self, attention_mask: Tensor | None, query: Tensor) -> Step:
+        B, new = query.shape[0], query.shape[2]
+        first = self.tokens_seen == new
+        before = None if self.lengths is None else self.lengths - new
+        shown = masks.read(attention_mask, new)
+        if not first and (shown.ahead or (before is None and not shown.past_whole)):
+            raise ValueError(
+                "attention_mask hides cached tokens or shows later ones: expected that of a causal model, because what "
+                "is cached is no longer where the mask expects it"
+            )
+        return Step(new, first, before, None if shown.is_token is None else shown.is_token.expand(B, new))
+
+    def _mask(self, step: Step, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+        """transformers' mask, made for another length or without our padding, put right for this layer's slots."""
+        B, T, slots = (
+            query.shape[0],
+            query.shape[2],
+            key.shape[2],
+        )  # T < new: layers that share this one's keys may skip
+        if step.first and (mask is not None or T in (1, slots)):
+            return mask
+        before = step.before
+        if before is None:
+            if (mask is None and T == 1) or (mask is not None and mask.shape[-1] == slots):
+                return mask
+            before = torch.full((B,), slots - step.new, device=query.device)
+        return masks.visible(slots, before, step.new, step.is_token)[:, :, -T:]
 
     def _close_gaps(self, query: Tensor, is_token: Tensor) -> Tensor:
         """Padding goes behind the tokens, in the cache and in the queries, which are returned."""
         B, H, S = self.keys.shape[:3]
-        holds_token = self._holds_token(is_token)
+        before = self._step.before
+        if before is None:
+            before = torch.full((B,), S - is_token.shape[1], device=is_token.device)
+        holds_token = masks.held(S, before, is_token)
         self.lengths = holds_token.sum(-1)
-        order = tokens_first(holds_token)
+        order = masks.tokens_first(holds_token)
         order = order.masked_fill(torch.arange(S, device=order.device) >= self.lengths[:, None], -1)
         indices = order[:, None].expand(B, H, S)
         self.keys, self.values = ops.compact(self.keys.detach(), self.values.detach(), indices, inplace=False)[:2]
-        self._hidden_follows(indices)
-        order = tokens_first(is_token)
+        self.notes.follow(indices)
+        new_count = is_token.sum(-1)
+        self.tail = torch.as_tensor(self.tail, device=new_count.device) - is_token.shape[1] + new_count
+        order = masks.tokens_first(is_token)
         return query.gather(2, order[:, None, :, None].expand_as(query))
-
-    def _mask(self, mask: Tensor | None, is_token: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-        """transformers' mask, made for another length or without our padding, put right for this layer's slots."""
-        new, slots = query.shape[2], key.shape[2]
-        if self.lengths is None:
-            if mask is None and new == 1:
-                return None
-            if mask is not None and mask.shape[-1] == slots:
-                return mask
-        ends = torch.full((query.shape[0],), slots, device=query.device) if self.lengths is None else self.lengths
-        own = (ends - new)[:, None] + torch.arange(new, device=query.device)  # each query's slot
-        slot = torch.arange(slots, device=query.device)
-        visible = slot <= own[:, :, None]
-        if is_token is not None:  # a query that is padding sees itself, so that no row is empty
-            visible &= self._holds_token(is_token)[:, None] | (slot == own[:, :, None])
-        return visible[:, None]
-
-    def _track_prompt(self, query: Tensor, is_token: Tensor | None, scaling: float | None) -> None:
-        B, H, S = self.keys.shape[:3]
-        if self.tracker is None:
-            self.tracker = Tracker(B, H, S, self.keys.device)
-        self.tracker.reserve(S)
-        self.tracker.append(query.shape[2] if is_token is None else is_token.sum(-1))
-        self.tracker.observe(query, self.keys.detach(), scale=scaling)
 
     # Eviction.
 
     @property
-    def _watching(self) -> bool:
+    def watching(self) -> bool:
         """Whether there will be another eviction, for which queries and attention are noted."""
-        return self.keep is None or not self._compressed
+        return self.keep is None or not self.compressed
 
-    def _refuse_if_watching(self) -> None:
-        needs = self.policy.needs - {"hidden"}
-        if needs and self._watching:
-            raise ValueError(f"{type(self.policy).__name__} needs {', '.join(sorted(needs))}: call {SET_UP}")
-
-    def _target(self) -> int | float | None:
+    def _target(self) -> Keep | None:
         """What to cut down to now; None: nothing is due."""
         if self.keep is not None:
-            if self._compressed:
+            if self.compressed:
                 return None
-            return self.keep
+            return self.keep(self.tokens()) if callable(self.keep) else self.keep
         assert self.budget is not None
-        return self.budget if self.keys.shape[2] > self.budget + self.interval else None
+        return self.budget if self.cached() > self.budget + self.interval else None
 
     def settle(self) -> None:
         """Evict if it is due. The attention that followed the last update has been computed (or queued) by now."""
-        if not self.is_initialized or self.keys.numel() == 0:
+        if self.cached() == 0:
             return
-        if self._unread:  # our attention function did not get these keys
-            self._refuse_if_watching()
+        if self._unread and self._attention_is_ours():
+            self._was_not_asked()
         self._unread = False
         target = self._target()
-        if target is not None:
+        if target is not None and "queries" not in self.notes.missing():  # where all were cropped, the next brings some
             self.evict(target)
 
-    def evict(self, keep: int | float) -> None:
-        """Keep so many of the cached tokens (int), or that share of them."""
-        if not self._watching and self.policy.needs:
-            raise ValueError(f"the prompt has been cut, and nothing was noted for {type(self.policy).__name__} since")
-        if isinstance(keep, int):
-            keep = min(keep, self.keys.shape[2])
-        before = self.keys.shape[2]
-        mass = None if self.tracker is None else self.tracker.mass.sum()
-        observed: dict[str, Any] = {} if self.queries is None else {"queries": self.queries}
-        if self.hidden is not None:
-            observed["hidden"] = self.hidden[:, 0]
-        if self.tracker is None and self.lengths is not None:
-            observed["lengths"] = self.lengths.clamp(min=1)  # a chunk may have been all padding
-        # Out of place: the memory of what is evicted goes back to the allocator.
-        result = self.policy.compact(
-            self.keys.detach(),
-            self.values.detach(),
-            keep=keep,
-            tracker=self.tracker,
-            inplace=False,
-            layer=self.index,
-            **observed,
-        )
-        self.keys, self.values = result.keys, result.values
-        if self.lengths is not None:
-            assert result.lengths is not None
-            self.lengths = torch.minimum(self.lengths, result.lengths)
-        self._compressed = True
-        self._since_eviction = 0
-        self.evicted += before - self.keys.shape[2]
-        retained = None
-        if mass is not None and self.tracker is not None:
-            retained = self.tracker.mass.sum() / mass
-        if not self._watching:
-            self.tracker = self.queries = self.hidden = None
-        self._hidden_follows(result.indices)
-        self._on_evict(Eviction(self.index, before, self.keys.shape[2], result.indices, retained))
+    def _was_not_asked(self) -> None:
+        """The model is set to "kvevict", and no attention over the last keys has come to it."""
+        if self.notes.tracked or self.notes.window or self.keys.shape[0] > 1:
+            what = f"{type(self.policy).__name__} cannot read it" if self.keys.shape[0] == 1 else "padding is not seen"
+            raise ValueError(
+                f'no attention over the keys of layer {self.index} has reached "{NAME}", to which the model is set: it '
+                f"computes attention in a way of its own, and {what}"
+            )
 
-    def _hidden_follows(self, indices: Tensor) -> None:
-        """A policy that reads hidden states chooses the same tokens for every head, so one row of them will do."""
-        if self.hidden is not None:
-            slots = indices[:, :1, :, None].clamp(min=0)
-            self.hidden = self.hidden.gather(2, slots.expand(-1, -1, -1, self.hidden.shape[3]))
+    def evict(self, keep: Keep) -> None:
+        """Keep so many of the cached tokens (int; a list: of each request's), or that share of them."""
+        self.apply(self.choose(keep))
+
+    def choose(self, keep: Keep) -> Choice:
+        """What `evict(keep)` will keep; changes nothing.
+
+        Raises:
+            ValueError: `keep` is out of range; what the policy reads was not noted.
+        """
+        name = type(self.policy).__name__
+        if not self.watching and self.policy.needs:
+            raise ValueError(f"the prompt has been cut, and nothing was noted for {name} since")
+        for missing in self.notes.missing():
+            raise ValueError(f"{name} needs {missing}, and nothing was noted since tokens were cropped: run a forward")
+        if isinstance(keep, int):
+            keep = min(keep, self.cached())
+        known: dict[str, Any] = self.notes.observed(self.lengths) | {
+            "values": self.values.detach(),
+            "layer": self.index,
+        }
+        lengths = None if self.lengths is None else self.lengths.clamp(min=1)  # a chunk may have been all padding
+        keys, tracker = self.keys.detach(), self.notes.tracker
+        if tracker is None:
+            seen = Observed(keys=keys, lengths=lengths, **known)
+        else:
+            seen = tracker.observed(keys, **known)
+        if not isinstance(keep, list):
+            indices = self.policy.select(seen, keep)
+            return Choice(indices, None if lengths is None else validate.kept_lengths(keep, lengths))
+        assert lengths is not None
+        scores = self.policy.scores(seen)
+        counts = [max(min(count, held), 1) for count, held in zip(keep, lengths.tolist(), strict=True)]
+        indices = torch.full((*keys.shape[:2], max(counts)), -1, dtype=torch.int64, device=keys.device)
+        for count in set(counts):
+            rows = torch.tensor([b for b, of_row in enumerate(counts) if of_row == count], device=keys.device)
+            indices[rows, :, :count] = self.policy.choose(scores, count, lengths)[rows]
+        return Choice(indices, torch.tensor(counts, device=keys.device))
+
+    def apply(self, choice: Choice) -> None:
+        """Evict all but what was chosen. Out of place: the memory of what goes returns to the allocator."""
+        before = self.cached()
+        tracker = self.notes.tracker
+        mass = None if tracker is None else tracker.mass.sum()
+        result = ops.compact(self.keys.detach(), self.values.detach(), choice.indices, inplace=False)
+        self.keys, self.values = result.keys, result.values
+        self.tail = self._tail_after(choice, before)
+        if self.lengths is not None:
+            assert choice.lengths is not None
+            self.lengths = torch.minimum(self.lengths, choice.lengths)
+        if tracker is not None:
+            tracker.compacted(result._replace(lengths=choice.lengths))
+        self.notes.follow(result.indices)
+        self.evicted += before - self.cached()
+        self.compressed = True
+        retained = None if mass is None or tracker is None else tracker.mass.sum() / mass
+        if not self.watching:
+            self.notes = Notes(self.policy)
+        self._on_evict(Eviction(self.index, before, self.cached(), result.indices, retained))
+
+    def _tail_after(self, choice: Choice, before: int) -> int | Tensor:
+        """Where tokens were given up, no more than the protected recent ones are known to have stayed."""
+        sink, recent = self.policy.protected
+        if choice.lengths is None or self.lengths is None:
+            kept = choice.indices.shape[2]
+            return self.tail if kept == before else min(self.tail, recent, max(kept - sink, 0))
+        most = (choice.lengths - sink).clamp(0, recent)
+        tail = torch.as_tensor(self.tail, device=most.device).expand_as(most)
+        return torch.where(choice.lengths < self.lengths, torch.minimum(tail, most), tail)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvevict.hf.attention import hand_over, sdpa
+from kvevict.hf import masks
+from kvevict.hf.attention import sdpa
 from kvevict.hf.layer import EvictingLayer, Eviction, new_tokens
+from kvevict.hf.shares import Keep
 
 
 class StaticEvictingLayer(EvictingLayer):
@@ -81,8 +83,7 @@ class StaticEvictingLayer(EvictingLayer):
             self._overflow = keys.detach(), values.detach()
         self.length.add_(new)
         self.seen.add_(new)
-        if self._attention_is_ours():
-            hand_over(self, keys)
+        self._returned(keys)
         return keys, values
 
     def attend(self, module, query, key, value, attention_mask, scaling=None, **options) -> tuple[Tensor, None]:
@@ -92,11 +93,17 @@ class StaticEvictingLayer(EvictingLayer):
             ValueError: there is; the layer is then as it was before.
         """
         new = query.shape[2]
-        if self._new_tokens(attention_mask, new, first=True) is not None:
+        self._unread = False
+        try:
+            if masks.read(attention_mask, new).is_token is not None:
+                raise ValueError(
+                    "the prompts have padding: expected requests of equal length in a cache with static=True"
+                )
+        except ValueError:
             self.length.sub_(new)
             self.seen.sub_(new)
             self._overflow = None
-            raise ValueError("the prompts have padding: expected requests of equal length in a cache with static=True")
+            raise
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
 
     def get_seq_length(self) -> Tensor | int:  # type: ignore[override]
@@ -120,6 +127,9 @@ class StaticEvictingLayer(EvictingLayer):
         """Evict down to the budget if another `interval` of tokens would not fit."""
         if not self.is_initialized:
             return
+        if self._unread and self._attention_is_ours():
+            self._was_not_asked()
+        self._unread = False
         assert self.budget is not None
         if int(self.length) > self.budget:
             self.evict(self.budget)
@@ -130,7 +140,8 @@ class StaticEvictingLayer(EvictingLayer):
         if self._overflow is not None:
             self.settle()
 
-    def evict(self, keep: int | float) -> None:
+    def evict(self, keep: Keep) -> None:
+        assert not isinstance(keep, list)  # requests are of equal length
         filled = int(self.length)
         if isinstance(keep, int):
             keep = min(keep, filled)
@@ -162,16 +173,13 @@ class StaticEvictingLayer(EvictingLayer):
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         self.settle_overflow()
-        count = int(self.seen) - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
-        most = int(self.length) - self._firm
-        if count > most:
-            raise ValueError(
-                f"tokens_to_remove is {tokens_to_remove}: expected at least -{most}, because tokens before these have "
-                "been evicted; a larger recent window protects more"
-            )
+        count = self.cropped(tokens_to_remove)
         if count > 0:
             self.length.sub_(count)
             self.seen.sub_(count)
+
+    def croppable(self) -> int:
+        return int(self.length) - self._firm
 
     def _select_requests(self, requests: Tensor) -> None:
         if not self.is_initialized:

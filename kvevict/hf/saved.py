@@ -1,0 +1,179 @@
+"""A cache on disk: one safetensors file, with the state beside the tensors in its metadata, so that both are of one
+moment; written under another name and then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from kvevict.hf.layer import EvictingLayer
+from kvevict.policies import Tracker
+
+FILE = "cache.safetensors"
+FORMAT = 2
+TRACKED = ("mass", "last_used", "positions")  # of a Tracker, [B, H, n]
+# What makes a cache fit a model.
+FACTS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+         "kv_lora_rank", "vocab_size", "rope_theta", "rope_parameters", "rope_scaling")  # fmt: skip
+
+
+def _facts(config: Any) -> dict[str, Any]:
+    known = {name: getattr(config, name, None) for name in FACTS}
+    return json.loads(json.dumps({name: value for name, value in known.items() if value is not None}, default=str))
+
+
+def save(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path) -> None:
+    """Raises:
+    ValueError: nothing is cached.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    states = []
+    for i, layer in enumerate(layers):
+        if layer.cached() == 0:
+            raise ValueError("the cache is empty: expected a cache after a forward")
+        notes, tracker = layer.notes, layer.notes.tracker
+        held = dict(keys=layer.keys, values=layer.values, lengths=layer.lengths, queries=notes.queries,
+                    hidden=notes.hidden, tail=layer.tail if isinstance(layer.tail, Tensor) else None)  # fmt: skip
+        if tracker is not None:
+            held |= {name: getattr(tracker, name)[:, :, : layer.cached()] for name in TRACKED}
+            held |= {"tracker.lengths": tracker.lengths, "tracker.tokens_seen": tracker.tokens_seen}
+        # Copies: safetensors takes no two tensors of one memory.
+        tensors |= {f"{i}.{name}": x.detach().clone().contiguous() for name, x in held.items() if x is not None}
+        states.append(
+            dict(
+                tokens_seen=layer.tokens_seen,
+                evicted=layer.evicted,
+                compressed=layer.compressed,
+                tail=None if isinstance(layer.tail, Tensor) else layer.tail,
+                step=None if tracker is None else tracker.step,
+            )
+        )
+    state = json.dumps({"format": FORMAT, "model": _facts(config), "layers": states})
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, unfinished = tempfile.mkstemp(prefix=".cache-", dir=folder)
+    os.close(handle)
+    try:
+        save_file(tensors, unfinished, metadata={"kvevict": state})
+        os.replace(unfinished, folder / FILE)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
+
+
+def load(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path, device: Any) -> None:
+    """Fill new layers.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not whole, not consistent, of another model or without what the policy reads; names the file.
+    """
+    path = folder / FILE
+    state, tensors = _read(path, device)
+    try:
+        if state["format"] != FORMAT:
+            raise ValueError(f"has format {state['format']}: expected {FORMAT}")
+        facts = _facts(config)
+        for name in sorted(facts.keys() | state["model"].keys()):
+            theirs, ours = state["model"].get(name), facts.get(name)
+            if theirs != ours:
+                raise ValueError(f"is of a model with {name} {theirs}: expected {ours}, as the config has")
+        if len(state["layers"]) != len(layers):
+            raise ValueError(f"has {len(state['layers'])} layers: expected {len(layers)}, as the config has")
+        batch = tensors["0.keys"].shape[0]
+        for i, (layer, of_layer) in enumerate(zip(layers, state["layers"], strict=True)):
+            prefix = f"{i}."
+            own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+            _check(own, of_layer, batch)
+            _fill(layer, own, of_layer)
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error}: expected what save_pretrained writes") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        for layer in layers:
+            layer.reset()
+        raise ValueError(f"{path} {error}") from error
+
+
+def _read(path: pathlib.Path, device: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            metadata = (file.metadata() or {}).get("kvevict")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: expected a whole safetensors file ({error})") from error
+    if metadata is None:
+        raise ValueError(f'{path} has no "kvevict" in its metadata: expected what save_pretrained writes')
+    try:
+        state = json.loads(metadata)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has metadata that is no JSON ({error})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} has metadata {state!r}: expected a dict")
+    return state, tensors
+
+
+def _check(own: dict[str, Tensor], state: dict[str, Any], batch: int) -> None:
+    keys, values = own["keys"], own["values"]
+    B, H, n = keys.shape[:3] if keys.ndim == 4 else (0, 0, 0)
+    if B != batch or n == 0 or values.ndim != 4 or values.shape[:3] != (B, H, n):
+        raise ValueError(
+            f"has keys of shape {tuple(keys.shape)} beside values of {tuple(values.shape)}: expected [{batch}, heads, "
+            "tokens, ...] of both"
+        )
+    for name in ("tokens_seen", "evicted", "tail", "step"):
+        value = state[name]
+        if name in ("tail", "step") and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"has {name} {value!r}: expected a number of at least 0")
+    if not isinstance(state["compressed"], bool):
+        raise ValueError(f"has compressed {state['compressed']!r}: expected true or false")
+    if state["tokens_seen"] < n:
+        raise ValueError(f"has tokens_seen {state['tokens_seen']}: expected at least the {n} cached tokens")
+    shapes = dict(lengths=(B,), tail=(B,), mass=(B, H, n), last_used=(B, H, n), positions=(B, H, n))
+    shapes |= {"tracker.lengths": (B,), "tracker.tokens_seen": (B,)}
+    for name, shape in shapes.items():
+        if name in own and own[name].shape != shape:
+            raise ValueError(f"has {name} of shape {tuple(own[name].shape)}: expected {shape}")
+    for name in ("lengths", "tail", "tracker.lengths"):
+        if name in own and not bool(((own[name] >= 0) & (own[name] <= n)).all()):
+            raise ValueError(f"has {name} {own[name].tolist()}: expected from 0 to {n}, the cached tokens")
+    if ("lengths" in own) != ("tail" in own) or ("tail" in own) != (state["tail"] is None):
+        raise ValueError("has lengths without tail or tail without lengths: expected both in a padded batch")
+    if ("mass" in own) != (state["step"] is not None):
+        raise ValueError("has mass without step or step without mass: expected both of a policy that tracks attention")
+    hidden, queries = own.get("hidden"), own.get("queries")
+    if hidden is not None and (hidden.ndim != 4 or hidden.shape[:3] != (B, 1, n)):
+        raise ValueError(f"has hidden of shape {tuple(hidden.shape)}: expected [{B}, 1, {n}, ...]")
+    if queries is not None and (queries.ndim != 4 or queries.shape[0] != B or queries.shape[3] != keys.shape[3]):
+        raise ValueError(f"has queries of shape {tuple(queries.shape)}: expected [{B}, heads, ..., {keys.shape[3]}]")
+
+
+def _fill(layer: EvictingLayer, own: dict[str, Tensor], state: dict[str, Any]) -> None:
+    keys, values = own["keys"], own["values"]
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values, layer.lengths = keys, values, own.get("lengths")
+    layer.tokens_seen, layer.evicted, layer.compressed = state["tokens_seen"], state["evicted"], state["compressed"]
+    layer.tail = own["tail"] if state["tail"] is None else state["tail"]
+    notes = layer.notes
+    notes.queries, notes.hidden = own.get("queries"), own.get("hidden")
+    if "mass" in own:
+        B, H, n = keys.shape[:3]
+        tracker = notes.tracker = Tracker(B, H, n, keys.device)
+        tracker.append(n)  # so many at most
+        for name in TRACKED:
+            getattr(tracker, name).copy_(own[name])
+        tracker.lengths, tracker.tokens_seen = own["tracker.lengths"], own["tracker.tokens_seen"]
+        tracker.step = state["step"]
+    if layer.watching and notes.missing():
+        missing, name = notes.missing()[0], type(layer.policy).__name__
+        raise ValueError(f"was saved without {missing}, which {name} reads: expected a cache of that policy")
