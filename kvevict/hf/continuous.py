@@ -139,7 +139,7 @@ def generate_batch(
             raise ValueError(f"{name} is {getattr(config, name)}: expected it off, because requests are cut in between")
     config = replace(config, use_async_batching=False, use_cuda_graph=False)
     ours = type("ConfiguredAllocator", (EvictingAllocator,), dict(policy=policy, budget=budget, interval=interval))
-    allocators = transformers_cache.ATTN_TYPE_TO_ALLOCATOR
+    allocators: dict[str, Any] = transformers_cache.ATTN_TYPE_TO_ALLOCATOR
     before = allocators[FULL_ATTENTION]
     allocators[FULL_ATTENTION] = ours
     try:
