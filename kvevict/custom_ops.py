@@ -89,7 +89,9 @@ def _check_lengths(lengths, keys, table, written: bool = False) -> None:
 
 def _check_written(keys, values, table, lengths, key_scales, value_scales) -> None:
     """What is written in place shares no memory, neither by strides nor by blocks."""
-    named = {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
+    dense = table is None
+    named = {("keys" if dense else "key_cache"): keys, ("values" if dense else "value_cache"): values}
+    named |= {"key_scales": key_scales, "value_scales": value_scales}
     validate.written_apart({name: rows for name, rows in named.items() if rows is not None})
     if table is not None:
         _check_lengths(lengths, keys, table, written=True)

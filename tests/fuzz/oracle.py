@@ -219,7 +219,8 @@ def pool(row: Row, size: int, mode: str) -> Row:
 
 
 def on_one_scale(row: Row, scale: str) -> Row:
-    """A row's scores in one scale; -inf and NaN count in none, and NaN stays."""
+    """A row's scores in one scale; -inf and NaN count in none, and stay. +inf is the best rank; in the other scales it
+    is one more of the row's greatest finite scores, or 0 if there is none."""
     present = [x for x in row if x != -INF and not math.isnan(x)]
     if scale == "rank":
         others = max(len(present) - 1, 1)
@@ -227,18 +228,18 @@ def on_one_scale(row: Row, scale: str) -> Row:
         def put(x: float) -> float:
             lower, equal = sum(y < x for y in present), sum(y == x for y in present)
             return (lower + (equal - 1) / 2) / others
-    elif scale == "minmax":
-        least, most = min(present, default=0.0), max(present, default=0.0)
-
-        def put(x: float) -> float:
-            return (x - least) / (most - least) if most > least else 0.0
     else:
-        length = max(norm(present), 1e-12)
+        most = max((x for x in present if x != INF), default=0.0)
+        present = [min(x, most) for x in present]
+        least, length = min(present, default=0.0), norm(present)
 
         def put(x: float) -> float:
-            return x / length
+            x = min(x, most)
+            if scale == "minmax":
+                return (x - least) / (most - least) if most > least else 0.0
+            return x / length if length else 0.0
 
-    return [math.nan if math.isnan(x) else x if x == -INF else put(x) for x in row]
+    return [x if math.isnan(x) or x == -INF else put(x) for x in row]
 
 
 def combine(rows: list[Row], weights: list[float], scale: str) -> Row:
