@@ -22,7 +22,7 @@ all of its programs run at once; elsewhere, and in the interpreter, where they r
 round. 256 bins, because tl.histogram spends work per warp in proportion to the bins.
 
 Shapes: scores [B, H, S] float32, last dimension contiguous; out [B, H or 1, n] int64, -1 beyond a row's own count.
-Bytes per row: 4·S once (registers), or five times, from L2 after the first; 8·n written. Runs add
+Bytes per row: 4·S twice (registers), or five times, from L2 after the first; 8·n written. Runs add
 splits² · 256 · 4 bytes of histograms a round, all in L2. Each histogram has one owner, so the result cannot depend on
 the order in which programs run.
 Launch: 1; for long rows without cooperative launches 5; 1 more for heads="shared". Adaptive: two selections and 1 more.
@@ -36,7 +36,9 @@ from .launch_config import cdiv, multiprocessors, select_config
 from .primitives import INTERPRETED, count_below, descending_key
 from .rows import per_row, row_length
 
-_LENGTH_DEPENDENT = ["S", "H", "n", "sink", "recent", "splits", "chunk", "stride_b", "stride_h", "clear_size"]
+_LENGTH_DEPENDENT = [
+    "S", "H", "n", "sink", "recent", "splits", "chunk", "stride_b", "stride_h", "out_stride", "clear_size",
+]  # fmt: skip
 _KEEP, _EVICT, _MARK = (tl.constexpr(mode) for mode in range(3))
 _BEST, _WORST = tl.constexpr(-0x80000000), tl.constexpr(0x7FFFFFFF)  # no score has the one, NaN has the other
 _DIGIT_BINS = tl.constexpr(256)
