@@ -292,14 +292,14 @@ def _blocks_run(launch: Launch, program: Program, deciding, program_id: int, kno
     """How often each block runs, and how often each loop is entered (by its head), in one program."""
     thread = _Thread(launch, program_id, known)
     runs, entries, trips = Counter(), Counter(), Counter()
-    heads = {loop.head for loop in program.loops}
     block, before = 0, -1
     while block < len(deciding):
         runs[block] += 1
-        if block in heads:
-            inside = any(loop.head == block and loop.head <= before <= loop.last for loop in program.loops)
-            entries[block] += not inside
-            trips[block] = trips[block] + 1 if inside else 1
+        for loop in program.loops:
+            if loop.head <= block <= loop.last and not loop.head <= before <= loop.last:  # not always by its head
+                entries[loop.head] += 1
+                trips[loop.head] = 0
+        trips[block] += 1
         following = block + 1
         for statement in deciding[block]:
             if statement.opcode.startswith("bra"):
