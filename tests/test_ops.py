@@ -168,6 +168,7 @@ def test_opcheck():
     calls = [
         (ops.keydiff_scores.default, (keys, None, True, lengths, torch.zeros(2, 2, 20, device=DEVICE))),
         (ops.topk_indices.default, (scores, None, 1, 2, False, None, False, torch.zeros_like(indices))),
+        (ops.topk_adaptive.default, (scores, 2, None, 1, 5, 1, 1, None, False, torch.zeros_like(indices))),
         (ops.fill_holes.default, (indices, 20, False, torch.zeros_like(indices))),
         (ops.move_rows.default, (keys, values, indices, True, False)),
         (ops.move_rows.default, (*pages, indices, True, False, table, lengths, True)),
