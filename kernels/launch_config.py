@@ -7,6 +7,7 @@ Every number carries its reason. Nothing here depends on the sequence length in 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,43 +42,76 @@ class ScoreConfig:
     block_tokens: int
     splits: int
     chunk: int
-    num_warps: int = 4
+    num_warps: int
+    stages: int  # tiles on their way, and the one that is computed
 
 
-def score_config(rows: int, tokens: int, head_dim: int, multiprocessors: int) -> ScoreConfig:
+SHORT_ROW = 512  # tokens
+
+
+def score_config(
+    rows: int, tokens: int, head_dim: int, element_size: int, multiprocessors: int, two_passes: bool
+) -> ScoreConfig:
+    """two_passes: the second pass needs a whole row's first; where `splits` is 1, both can be one launch."""
     block_dim = next_power_of_2(head_dim)
-    # 4,096 float32 elements over 128 threads: 32 accumulator registers each, 8 KiB of bf16 in flight per program.
+    # 4,096 float32 elements over 128 threads: 32 accumulator registers each, 8 KiB of bf16.
     block_tokens = max(4096 // block_dim, 4)
-    # Four programs on every multiprocessor hide the latency of their loads. A split shorter than 512 tokens would
-    # re-read more partial anchors (splits² · 4D bytes a row) than it gains in parallelism, and more than 128 splits
-    # would do so at any length.
-    wanted = cdiv(4 * multiprocessors, rows)
-    splits = max(1, min(wanted, tokens // 512, 128))
+    # Three tiles of bf16 on their way are 24 KiB a program, four of float8 16.
+    stages = 5 if element_size == 1 else 4
+    # One launch with 16 warps on a row, two such programs to a multiprocessor, beats two launches up to 512 tokens:
+    # 5.0 against 7.6 µs at 256, 7.5 at 512, 13.5 at 1,024. Tiles twice as high, because three as high as the threads
+    # would be 96 KiB of bf16 and not fit in float32.
+    if two_passes and tokens <= SHORT_ROW and rows <= 2 * multiprocessors:
+        return ScoreConfig(block_dim, 2 * block_tokens, 1, tokens, 16, stages)
+    # Four programs on every multiprocessor have 96 KiB under way, where an H100 asks for 14 (latency times bandwidth,
+    # idle) to 64 (under load), and fit beside each other with up to 128 registers a thread: one wave. Rounded down,
+    # because a few programs left over cost a wave of their own. With eight, the programs of 8 rows of 32K would read
+    # as much of partial anchors (from L2, splits² · 4D bytes a row) as of K: 28.6 µs instead of 22.4.
+    # In a shorter row partial anchors are at most half of K, and a run is at least 128 tokens: with three of its four
+    # tiles under way from the start, a shorter one would gain nothing.
+    splits = max(1, min(4 * multiprocessors // rows, tokens // 128, math.isqrt(tokens * element_size // 8)))
     chunk = cdiv(cdiv(tokens, splits), block_tokens) * block_tokens
-    return ScoreConfig(block_dim, block_tokens, cdiv(tokens, chunk), chunk)
+    return ScoreConfig(block_dim, block_tokens, cdiv(tokens, chunk), chunk, 4, stages)
 
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """`splits == 1`: one program per row does everything. Otherwise one program per run of `chunk` tokens."""
+    """`held` > 0: one program holds all keys of a row. Otherwise `splits` runs of `chunk` tokens, a program each."""
 
+    held: int
     splits: int
     chunk: int
-    block: int = 4096  # enough scores per merge of the warps' histograms in shared memory
-    num_warps: int = 16  # 8 scores a thread; with 8 warps the row kernel needs more than 128 registers and spills
+    # 8 scores a thread: a step of 4,096 would need more than 128 registers, and two rows not fit on a multiprocessor.
+    block: int = 2048
+    num_warps: int = 8
 
 
-MAX_SELECT_SPLITS = 32  # 32 × 256 digit counts are what one program of 16 warps holds in 16 registers a thread
+MAX_SELECT_SPLITS = 32  # every program adds up the 256 counts of all runs, 16 loads at a time
 
 
 def select_config(rows: int, tokens: int, multiprocessors: int) -> SelectConfig:
-    block = SelectConfig.block
-    # One launch beats five while a row is short; with a row for every multiprocessor a split gains nothing.
-    if tokens <= 2 * block or rows >= multiprocessors:
-        return SelectConfig(1, tokens)
-    wanted = min(cdiv(2 * multiprocessors, rows), MAX_SELECT_SPLITS)
-    chunk = cdiv(cdiv(tokens, wanted), block) * block
-    return SelectConfig(cdiv(tokens, chunk), chunk)
+    if tokens <= 8192:  # 32 keys a thread
+        return SelectConfig(4096 if tokens <= 4096 else 8192, 1, tokens)
+    # All programs of a launch that waits at barriers must run at once: no more than one on each multiprocessor.
+    wanted = max(1, min(multiprocessors // rows, MAX_SELECT_SPLITS))
+    chunk = cdiv(cdiv(tokens, wanted), SelectConfig.block) * SelectConfig.block
+    return SelectConfig(0, cdiv(tokens, chunk), chunk)
+
+
+@dataclass(frozen=True)
+class FillConfig:
+    """`block` slots at a time; each row is cut into runs of `chunk` slots, one program each."""
+
+    chunk: int
+    block: int = 256  # one histogram bin per slot, and its cost grows with the bins
+
+
+def fill_config(rows: int, slots: int, multiprocessors: int) -> FillConfig:
+    block = FillConfig.block
+    # A program starts with searches in its row, chains of loads that its blocks share: as many programs as are on the
+    # device at once, 8 of 128 threads on a multiprocessor, and no more.
+    programs = max(1, min(cdiv(slots, block), 8 * multiprocessors // rows))
+    return FillConfig(cdiv(cdiv(slots, block), programs) * block)
 
 
 @dataclass(frozen=True)
@@ -87,15 +121,25 @@ class MoveConfig:
     block_rows: int
     block_dim: int
     block_value_dim: int
-    num_warps: int = 4
+    num_warps: int
 
 
-def move_config(head_dim: int, value_dim: int, element_size: int) -> MoveConfig:
+@functools.cache
+def move_config(
+    head_dim: int, value_dim: int, element_size: int, access: int = 16, ordered: bool = False, backend: str = "cuda"
+) -> MoveConfig:
+    """access: bytes that one load may have. ordered: in place, with a barrier between a program's loads and stores."""
     block_dim, block_value_dim = next_power_of_2(head_dim), next_power_of_2(value_dim)
     # 32 KiB over 128 threads: 64 registers of data each, 16 loads of 16 bytes in flight per thread.
     rows = (32 * 1024) // ((block_dim + block_value_dim) * element_size)
     # At least 8, whatever head_dim; at most 128, an index a thread. tl.arange wants a power of two.
     block_rows = next_power_of_2(max(8, min(rows, 128)) // 2 + 1)
+    if ordered and backend == "hip":
+        # The barrier does not wait there for the loads of the waves that meet at it (compact_kv.py): one wave, 64
+        # threads, and as much data for each of them.
+        return MoveConfig(block_rows // 4, block_dim, block_value_dim, num_warps=1)
+    # A load of fewer than 4 bytes takes a register of its own all the same: fewer rows.
+    block_rows //= max(4 // access, 1)
     # Where 8 rows fill it, a paged row's address (two of them) no longer fits beside: half the data a thread.
     return MoveConfig(block_rows, block_dim, block_value_dim, num_warps=4 if rows > 8 else 8)
 
@@ -160,7 +204,7 @@ def mass_config(query_rows: int, head_dim: int, element_size: int) -> AttentionC
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """One program per run of `chunk` tokens and per `block_value_dim` columns of V."""
+    """One program per run of `chunk` tokens, per `block_rows` query rows and `block_value_dim` columns of V."""
 
     block_dim: int
     block_value_dim: int
@@ -176,16 +220,21 @@ MAX_DECODE_SPLITS = 64  # the partial results of a row are merged by one program
 
 
 def decode_config(
-    rows: int, group: int, tokens: int, head_dim: int, value_dim: int, element_size: int, multiprocessors: int
+    rows: int, query_rows: int, tokens: int, head_dim: int, value_dim: int, element_size: int, multiprocessors: int
 ) -> DecodeConfig:
+    """query_rows: W queries of G heads, for each (batch, KV head)."""
     block_dim = head_chunk(head_dim, element_size)
     # A wider V is cut into columns for several programs, which share K through L2: no accumulator spills.
     block_value_dim = min(max(next_power_of_2(value_dim), 16), 256)
-    block_rows = max(next_power_of_2(group), 16)  # tl.dot's least; the group's queries fill the first rows
+    # 32 rows of 128 sums over 128 threads: 32 registers of them each, beside as many of logits and weights (64 rows
+    # spill); float32 operands want registers as well. At least 16, tl.dot's least; one size for a decode step, one for
+    # everything longer.
+    most_rows = 32 if element_size < 4 else 16
+    block_rows = 16 if query_rows <= 16 else most_rows
     # K and V tiles of 16 KiB each in 16 bits: three stages of both fit beside each other.
     block_tokens = max(16, min(64, 16 * 1024 // (max(block_dim, block_value_dim) * max(element_size, 2))))
     # Two programs on every multiprocessor; under 256 tokens a program's start costs more than its loads.
-    wanted = cdiv(2 * multiprocessors, rows * cdiv(value_dim, block_value_dim))
+    wanted = cdiv(2 * multiprocessors, rows * cdiv(query_rows, block_rows) * cdiv(value_dim, block_value_dim))
     splits = max(1, min(wanted, tokens // 256, MAX_DECODE_SPLITS))
     chunk = cdiv(cdiv(tokens, splits), block_tokens) * block_tokens
     num_stages = pipeline_stages(head_dim, block_dim)

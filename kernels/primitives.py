@@ -66,6 +66,11 @@ def to_float32(x, DECODE_E4M3: tl.constexpr):
 INTERPRETED = not isinstance(to_float32, triton.runtime.jit.JITFunction)
 
 
+def backend() -> str:
+    """What Triton compiles for: "cuda", "hip"; or "interpreter"."""
+    return "interpreter" if INTERPRETED else triton.runtime.driver.active.get_current_target().backend
+
+
 def dot_type(x: torch.Tensor) -> tl.dtype:
     """The type in which tl.dot multiplies x: its own; bfloat16 for float8, which is exact in it.
 

@@ -7,7 +7,8 @@ table[b, t // block_size], or, where each head has a table of its own, table[b, 
 
 Of an integer Triton can only know that it is divisible by 16, so that a head_dim of 72 would be loaded two bytes at a
 time. What the strides and the pointer have in common, up to 16 bytes, is therefore a compile-time number: strides are
-counted in units of `align` elements, and addresses are multiples of it.
+counted in units of `align` elements, and addresses are multiples of it. The block size is one too, so that a token's
+block and row in it cost a shift and a mask instead of divisions.
 """
 
 import functools
@@ -29,9 +30,9 @@ class Rows(NamedTuple):
     stride_h: int
     stride_s: int
     table: torch.Tensor | None
-    table_stride_b: int
-    table_stride_h: int
-    block_size: int
+    table_stride_b: int  # twice the stride and one: it grows with the longest request, and for strides of 1 and of
+    table_stride_h: int  # multiples of 16 Triton would compile the kernel again
+    block_size: tl.constexpr
     width: tl.constexpr
     align: tl.constexpr
     e4m3_bytes: tl.constexpr  # the rows hold the bytes of float8_e4m3fn, on a device without that type
@@ -45,22 +46,34 @@ class PerRow(NamedTuple):
     stride_h: int
 
 
-_constant = functools.cache(tl.constexpr)  # a host call saved for each
-
-
 def rows_of(x: torch.Tensor, table: torch.Tensor | None = None) -> Rows:
     """Describe x [B, H, S, D], or [blocks, H, block_size, D] under a table [B, columns] or [B, H, columns]."""
     x, e4m3_bytes = _plain_bytes(x)
-    size = x.element_size()
-    align = math.gcd(16 // size, x.data_ptr() // size, *x.stride()[:3])
-    strides = [stride // align for stride in x.stride()[:3]]
-    constants = (_constant(x.shape[3]), _constant(align), _constant(e4m3_bytes))
-    if table is None:
-        return Rows(x, *strides, None, 0, 0, 1, *constants)
-    table_stride_h = 0
-    if table.ndim == 3:  # the head is in the table, and the cache has one
-        table_stride_h, strides[1] = table.stride(1), 0
-    return Rows(x, *strides, table, table.stride(0), table_stride_h, x.shape[2], *constants)
+    shape = x.shape
+    stride_b, stride_h, stride_s, align = _aligned(shape, x.stride(), x.data_ptr() % 16, x.element_size())
+    table_stride_b, table_stride_h, block_size = 1, 1, 1
+    if table is not None:
+        table_stride_b, block_size = 2 * table.stride(0) + 1, shape[2]
+        if table.ndim == 3:  # the head is in the table, and the cache has one
+            table_stride_h, stride_h = 2 * table.stride(1) + 1, 0
+    return Rows(
+        x, stride_b, stride_h, stride_s, table, table_stride_b, table_stride_h,
+        _constant(block_size), _constant(shape[3]), _constant(align), _constant(e4m3_bytes),
+    )  # fmt: skip
+
+
+_constant = functools.lru_cache(maxsize=None, typed=True)(tl.constexpr)  # typed: True is not 1
+
+
+@functools.lru_cache(maxsize=1024)  # a decode step asks the same of every layer
+def _aligned(
+    shape: tuple[int, ...], strides: tuple[int, ...], address: int, element_size: int
+) -> tuple[int, int, int, int]:
+    """The first three strides in units of `align`, and `align`: the most elements, up to 16 bytes, of which every row's
+    address is a multiple. The stride of a dimension of one never counts: its index is 0."""
+    counted = (stride for stride, size in zip(strides[:3], shape[:3], strict=True) if size > 1)
+    align = math.gcd(16 // element_size, address // element_size, *counted)
+    return strides[0] // align, strides[1] // align, strides[2] // align, align
 
 
 def per_row(counts: torch.Tensor | None) -> PerRow | None:
@@ -98,9 +111,10 @@ def rows_at(rows, b, h, tokens, inside):
     if rows.table is None:
         offsets += b.to(tl.int64) * rows.stride_b + tokens.to(tl.int64) * rows.stride_s
     else:
+        tokens = tokens.to(tl.int32)
         columns = tokens // rows.block_size
-        entries = rows.table + b.to(tl.int64) * rows.table_stride_b + h.to(tl.int64) * rows.table_stride_h + columns
-        blocks = tl.load(entries, mask=inside, other=0).to(tl.int64)
+        row = b.to(tl.int64) * (rows.table_stride_b >> 1) + h.to(tl.int64) * (rows.table_stride_h >> 1)
+        blocks = tl.load(rows.table + row + columns, mask=inside, other=0).to(tl.int64)
         offsets += blocks * rows.stride_b + (tokens % rows.block_size).to(tl.int64) * rows.stride_s
     ALIGN_BYTES: tl.constexpr = rows.align * rows.ptr.dtype.element_ty.primitive_bitwidth // 8
     return tl.multiple_of(rows.ptr + offsets * rows.align, ALIGN_BYTES)

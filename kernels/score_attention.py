@@ -60,6 +60,39 @@ def product(
     return total
 
 
+@triton.jit
+def _add_keys(
+    best, total, query, queries, query_pointers, is_query, own, keys, b, h, begin, end, scale, offset,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Running maximum and sum of the rows' logits after the keys [begin, end). MASKED: the last tile is not full, or
+    some rows do not see all of its keys."""
+    for start in range(begin, end, BLOCK_S):
+        tokens = start + tl.arange(0, BLOCK_S)
+        inside = tokens < end
+        logits = scale * product(
+            query,
+            queries,
+            query_pointers,
+            is_query,
+            keys,
+            rows_at(keys, b, h, tokens, inside),
+            inside,
+            BLOCK_D,
+            COMPUTE,
+        )
+        if MASKED:
+            visible = inside[None, :]
+            if CAUSAL:
+                visible = visible & (tokens[None, :] <= offset + own[:, None])
+            logits = tl.where(visible, logits, float("-inf"))
+        best_after = tl.maximum(best, tl.max(logits, 1))
+        shift = tl.where(best_after == float("-inf"), 0.0, best_after)  # nothing seen yet: no -inf minus -inf
+        total = total * tl.exp2(best - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
+        best = best_after
+    return best, total
+
+
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT + ["splits", "chunk", "row_blocks"])
 def attention_lse_kernel(
     queries, keys, lengths, lse_ptr, scale, W, S, H, row_blocks, splits, chunk,
@@ -88,28 +121,18 @@ def attention_lse_kernel(
         end = tl.minimum(end, offset + (row_block * BLOCK_R + BLOCK_R - 1) // G + 1)
     best = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
-    for start in range(begin, end, BLOCK_S):
-        tokens = start + tl.arange(0, BLOCK_S)
-        inside = tokens < end
-        logits = scale * product(
-            query,
-            queries,
-            query_pointers,
-            is_query,
-            keys,
-            rows_at(keys, b, h, tokens, inside),
-            inside,
-            BLOCK_D,
-            COMPUTE,
-        )
-        visible = inside[None, :]
-        if CAUSAL:
-            visible = visible & (tokens[None, :] <= offset + own[:, None])
-        logits = tl.where(visible, logits, float("-inf"))
-        best_after = tl.maximum(best, tl.max(logits, 1))
-        shift = tl.where(best_after == float("-inf"), 0.0, best_after)  # nothing seen yet: no -inf minus -inf
-        total = total * tl.exp2(best - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
-        best = best_after
+    whole = end  # every row of the tile sees every key before it
+    if CAUSAL:
+        whole = tl.minimum(end, offset + row_block * BLOCK_R // G + 1)
+    whole = begin + tl.maximum(whole - begin, 0) // BLOCK_S * BLOCK_S
+    best, total = _add_keys(
+        best, total, query, queries, query_pointers, is_query, own, keys, b, h, begin, whole, scale, offset,
+        BLOCK_D, BLOCK_S, CAUSAL, False, COMPUTE,
+    )  # fmt: skip
+    best, total = _add_keys(
+        best, total, query, queries, query_pointers, is_query, own, keys, b, h, whole, end, scale, offset,
+        BLOCK_D, BLOCK_S, CAUSAL, True, COMPUTE,
+    )  # fmt: skip
 
     lse = (best + tl.log2(total)) * _LN_2
     lse = tl.where(is_query, lse, float("-inf"))
@@ -136,7 +159,7 @@ def merge_lse_kernel(parts_ptr, lse_ptr, n, splits, BLOCK: tl.constexpr):
 @triton.jit
 def _reduce(sums, weights, REDUCE: tl.constexpr):
     if REDUCE == "max":
-        sums = tl.maximum(sums, weights)
+        sums = tl.maximum(sums, weights, propagate_nan=tl.PropagateNan.ALL)
     elif REDUCE == "square":
         sums += weights * weights
     else:
@@ -155,10 +178,10 @@ def _add_queries(
     for start in range(begin, end, BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
         is_query = rows < valid * G
+        query_pointers = group_rows_at(queries, b, h, rows, is_query, G)
         lse_pointers = lse_ptr + (rows % G) * lse_stride_h + rows // G
         # Padding rows have an infinite LSE, so their weights are 0.
         lse = tl.load(lse_pointers, mask=is_query, other=float("inf")) * _LOG2_E
-        query_pointers = group_rows_at(queries, b, h, rows, is_query, G)
         logits = scale * product(
             key, keys, key_pointers, is_key, queries, query_pointers, is_query, BLOCK_D, COMPUTE
         )  # fmt: skip
@@ -205,8 +228,8 @@ def attention_mass_kernel(
         scale, offset, valid, G, BLOCK_D, BLOCK_R, False, REDUCE, COMPUTE,
     )  # fmt: skip
 
-    if REDUCE == "max":
-        mass = tl.max(sums, 1)
+    if REDUCE == "max":  # tl.max drops NaN
+        mass = tl.where(tl.sum((sums != sums).to(tl.int32), 1) > 0, float("nan"), tl.max(sums, 1))
     else:
         mass = tl.sum(sums, 1)
     count = valid + tl.zeros([BLOCK_S], tl.int32)  # queries that see a key

@@ -1,137 +1,144 @@
-"""Exact selection in a row: the k-th best score by radix search, then the kept tokens' indices in ascending order;
-or, the other way round (WORST), the tokens to give up.
+"""Exact selection in a row: the k-th best score, then the kept tokens' indices in ascending order; or, the other way
+round, the tokens to give up; or the best of all heads together.
 
-    mean_heads_kernel       [B, 1, S]: the mean over KV heads, added in head order (heads="shared")
-    select_row_kernel       one program per row, everything in one launch: short rows, or many of them
-    count_digits_kernel     long rows: 8 bits of the k-th key per launch, one program per run of the row
-    write_kept_kernel       long rows: each run writes its kept tokens at the offset that the runs before it leave
+    mean_heads_kernel   [B, 1, S]: the mean over KV heads, added in head order (heads="shared")
+    select_row_kernel   rows up to 8,192: one program holds the row in registers and finds the key bit by bit
+    select_runs_kernel  longer rows: several programs a row, 8 bits of the key at a time
+    split_heads_kernel  a selection over a request's heads laid end to end, back to one list per head
 
-A score becomes an int32 key whose ascending order is the order of selection (primitives.descending_key). Four
-digits of 8 bits, each found from a histogram of the keys that share the digits before it, give the k-th key exactly
-and how many of its ties to take, lowest index first. 256 bins, because tl.histogram spends work per warp in
-proportion to the bins. Protected tokens (the first `sink`, the last `recent`) are outside the candidates' range
-[sink, length - recent): a predicate on the index, never a score. WORST reverses the keys and takes the ties with the
-highest index, so it picks exactly the tokens that keeping the others would leave out.
+A score becomes an int32 key whose ascending order is the order of selection (primitives.descending_key): the k-th key
+is found exactly, and how many of its ties to take, lowest index first. Protected tokens (the first `sink`, the last
+`recent`) are outside the candidates' range [first, last): a predicate on the index, never a score. What is done with
+the chosen ones is the mode:
+
+    KEEP   their indices and the protected ones'
+    EVICT  the indices of the candidates that were not chosen: exactly what keeping the others leaves out
+    MARK   a key for every token, for a second selection over all heads: the best there is for a token that has its
+           place already, its own for another, and the worst where there is no token
+
+A long row is cut into runs, one program each. Four rounds count a digit of 8 bits, the fifth writes; between rounds all
+programs of a row must have come as far. On an NVIDIA GPU that is one cooperative launch with a barrier per row, since
+all of its programs run at once; elsewhere, and in the interpreter, where they run one after another, it is a launch per
+round. 256 bins, because tl.histogram spends work per warp in proportion to the bins.
 
 Shapes: scores [B, H, S] float32, last dimension contiguous; out [B, H or 1, n] int64, -1 beyond a row's own count.
-Bytes per row: the scores are read five times (4·5·S, from L2 after the first), 8·n written; split rows add
-splits² · 256 · 4 bytes of histograms per digit, all in L2. No atomics and nothing to clear: each histogram has one
-owner, so the result cannot depend on the order in which programs run.
-Launch: 1 for short rows, 5 for split ones, 1 more for heads="shared".
+Bytes per row: 4·S twice (registers), or five times, from L2 after the first; 8·n written. Runs add
+splits² · 256 · 4 bytes of histograms a round, all in L2. Each histogram has one owner, so the result cannot depend on
+the order in which programs run.
+Launch: 1; for long rows without cooperative launches 5; 1 more for heads="shared". Adaptive: two selections and 1 more.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch_config import MAX_SELECT_SPLITS, cdiv, multiprocessors, select_config
-from .primitives import descending_key
+from .launch_config import cdiv, multiprocessors, select_config
+from .primitives import INTERPRETED, count_below, descending_key
 from .rows import per_row, row_length
 
-_LENGTH_DEPENDENT = ["S", "H", "n", "sink", "recent", "splits", "chunk", "stride_b", "stride_h"]
+_LENGTH_DEPENDENT = [
+    "S", "H", "n", "sink", "recent", "splits", "chunk", "stride_b", "stride_h", "out_stride", "clear_size",
+]  # fmt: skip
+_KEEP, _EVICT, _MARK = (tl.constexpr(mode) for mode in range(3))
+_BEST, _WORST = tl.constexpr(-0x80000000), tl.constexpr(0x7FFFFFFF)  # no score has the one, NaN has the other
 _DIGIT_BINS = tl.constexpr(256)
-_MAX_SPLITS = tl.constexpr(MAX_SELECT_SPLITS)
+_WRITE = tl.constexpr(4)  # the round after those of the four digits
+_LOADS_AT_ONCE = tl.constexpr(16)
+_OPEN = tl.constexpr(0x5D1C0A97E3B6284F)
 
 
 @triton.jit
-def _row_bounds(lengths, keep, b, h, S, n, sink, recent, WORST: tl.constexpr):
-    """length, tokens to write, candidates to choose, sink and recent of one row.
+def _row_bounds(lengths, keep, b, h, S, n, sink, recent, MODE: tl.constexpr):
+    """length, tokens to write, candidates to choose, and the candidates' range [first, last) of one row.
 
-    A ragged row that keeps fewer than sink + recent tokens keeps its first `sink`, then its most recent; one with
-    fewer than n unprotected tokens gives up only those.
+    A row that keeps fewer than sink + recent tokens keeps its first `sink`, then its most recent; EVICT gives up at
+    most the unprotected ones.
     """
     length = row_length(lengths, b, h, S)
-    if WORST:
-        sink = tl.minimum(sink, length)
-        recent = tl.minimum(recent, length - sink)
-        need = tl.minimum(n, length - sink - recent)
-        written = need
+    if MODE == _EVICT:
+        first = tl.minimum(sink, length)
+        last = length - tl.minimum(recent, length - first)
+        written = tl.minimum(n, last - first)
+        need = last - first - written
     else:
-        written = row_length(keep, b, h, n)
-        sink = tl.minimum(sink, written)
-        recent = tl.minimum(recent, written - sink)
-        need = written - sink - recent
-    return length, written, need, sink, recent
+        written = tl.minimum(row_length(keep, b, h, n), length)
+        first = tl.minimum(sink, written)
+        recent = tl.minimum(recent, written - first)
+        last = length - recent
+        need = written - first - recent
+    return length, written, need, first, last
 
 
 @triton.jit
-def _candidate_keys(scores_ptr, tokens, first, last, WORST: tl.constexpr):
-    """Keys of a tile of tokens, and which of them compete: those in [first, last)."""
-    competes = (tokens >= first) & (tokens < last)
-    keys = descending_key(tl.load(scores_ptr + tokens, mask=competes, other=0.0))
-    if WORST:
-        keys = -1 - keys
-    return keys, competes
+def _load_keys(row_ptr, tokens, end, first, last):
+    """Keys of a tile of tokens, and which of them compete: those in [first, last). The others have the worst key."""
+    values = tl.load(row_ptr + tokens, mask=tokens < end, other=0)
+    if row_ptr.dtype.element_ty == tl.float32:
+        values = descending_key(values)
+    competes = (tokens >= first) & (tokens < tl.minimum(last, end))
+    return tl.where(competes, values, _WORST), competes
 
 
 @triton.jit
-def _count_digits(
-    scores_ptr, begin, end, first, last, prefix, DIGIT: tl.constexpr, BLOCK: tl.constexpr, WORST: tl.constexpr
+def _kth_key(keys, need):
+    """A key with at most `need` keys below it, and how many: all of `need`, or the others are ties of that key.
+
+    Bit by bit from the highest, and no further than it takes to part the keys.
+    """
+    kth = tl.full([], _BEST, tl.int32)
+    better = tl.full([], 0, tl.int32)
+    bit = tl.full([], 31, tl.int32)
+    while (bit >= 0) & (better < need):
+        candidate = kth + (1 << bit)  # bit 31 wraps around, from the least int32 to 0
+        below = tl.sum((keys < candidate).to(tl.int32), 0)
+        kth = tl.where(below <= need, candidate, kth)
+        better = tl.where(below <= need, below, better)
+        bit -= 1
+    return kth, better
+
+
+@triton.jit
+def _write(
+    row_ptr, begin, end, out_ptr, n, length, written, first, last, kth, ties, better_before, ties_before,
+    BLOCK: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Histogram of the DIGIT-th byte over the candidates whose more significant bytes equal `prefix`, and how many
-    candidates have a better (smaller) prefix."""
-    counts = tl.zeros([_DIGIT_BINS], tl.int32)
-    better = tl.zeros([BLOCK], tl.int32)
+    """Write what is asked for of the tokens [begin, end), given how many better and tied candidates lie before them."""
     for start in range(begin, end, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        keys, competes = _candidate_keys(scores_ptr, tokens, first, tl.minimum(last, end), WORST)
-        if DIGIT == 0:
-            digits = (keys >> 24) + 128  # the sign bit makes the first byte signed
+        keys, competes = _load_keys(row_ptr, tokens, end, first, last)
+        better = competes & (keys < kth)
+        tied = competes & (keys == kth)
+        packed = better.to(tl.int32) | (tied.to(tl.int32) << 16)  # one prefix sum of both: a tile's tokens fit 16 bits
+        before = tl.cumsum(packed, 0) - packed
+        tie_rank = ties_before + (before >> 16)
+        chosen = better | (tied & (tie_rank < ties))
+        rank = better_before + (before & 0xFFFF) + tl.minimum(tie_rank, ties)
+        if MODE == _EVICT:
+            writes = competes & (chosen == 0)
+            slots = tokens - first - rank
         else:
-            digits = (keys >> (24 - 8 * DIGIT)) & 255
-            better += (competes & ((keys >> (32 - 8 * DIGIT)) < prefix)).to(tl.int32)
-            competes = competes & ((keys >> (32 - 8 * DIGIT)) == prefix)
-        counts += tl.histogram(digits, _DIGIT_BINS, mask=competes)
-    return counts, tl.sum(better, 0)
+            writes = chosen | (tokens < first) | ((tokens >= last) & (tokens < length))
+            slots = rank + tl.minimum(tokens, first) + tl.maximum(tokens - last, 0)
+        if MODE == _MARK:
+            own = tl.where(competes, tl.minimum(keys, _WORST - 1), _WORST)
+            tl.store(out_ptr + tokens, tl.where(writes, _BEST, own), mask=tokens < end)
+        else:
+            tl.store(out_ptr + slots, tokens.to(tl.int64), mask=writes & (tokens < end))
+            if written < n:  # n <= S, so tokens name slots as well: those beyond the row's count are its padding
+                padding = tl.full([BLOCK], -1, tl.int64)
+                tl.store(out_ptr + tokens, padding, mask=(tokens >= written) & (tokens < tl.minimum(n, end)))
+        here = tl.sum(packed, 0)
+        better_before += here & 0xFFFF
+        ties_before += here >> 16
 
 
 @triton.jit
-def _next_digit(counts, prefix, need, DIGIT: tl.constexpr):
-    """The prefix one byte longer, how many keys with exactly that prefix are still needed, and how many there are."""
-    bins = tl.arange(0, _DIGIT_BINS)
-    digit = tl.sum((tl.cumsum(counts, 0) < need).to(tl.int32), 0)
-    need -= tl.sum(tl.where(bins < digit, counts, 0), 0)
-    alike = tl.sum(tl.where(bins == digit, counts, 0), 0)
-    if DIGIT == 0:
-        prefix = digit - 128
-    else:
-        prefix = prefix * 256 + digit
-    return prefix, need, alike
-
-
-@triton.jit
-def _write_kept(
-    scores_ptr, out_ptr, begin, end, n, length, written, sink, recent, kth, need, ties, better_before, ties_before,
-    BLOCK: tl.constexpr, WORST: tl.constexpr,
-):  # fmt: skip
-    """Write the chosen tokens of [begin, end), given how many better and tied candidates lie before `begin`."""
-    first, last = sink, length - recent
-    if WORST:
-        first_tie = ties - need
-        kept_before = better_before + tl.maximum(ties_before - first_tie, 0)
-    else:
-        protected_before = tl.minimum(begin, sink) + tl.minimum(tl.maximum(begin - last, 0), recent)
-        kept_before = protected_before + better_before + tl.minimum(ties_before, need)
-    for start in range(begin, end, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        keys, competes = _candidate_keys(scores_ptr, tokens, first, tl.minimum(last, end), WORST)
-        tied = (competes & (keys == kth)).to(tl.int32)
-        tie_rank = ties_before + tl.cumsum(tied, 0) - tied
-        keep = competes & (keys < kth)
-        if WORST:
-            keep = keep | ((tied == 1) & (tie_rank >= first_tie))
-        else:
-            keep = keep | ((tied == 1) & (tie_rank < need))
-            keep = keep | (tokens < sink) | ((tokens >= last) & (tokens < length))
-        keep = keep & (tokens < end)
-        kept_here = keep.to(tl.int32)
-        slots = kept_before + tl.cumsum(kept_here, 0) - kept_here
-        tl.store(out_ptr + slots, tokens.to(tl.int64), mask=keep)
-        # n <= S, so the run of tokens is a run of slots as well: those beyond the row's count are its padding.
-        padding = tl.full([BLOCK], -1, tl.int64)
-        tl.store(out_ptr + tokens, padding, mask=(tokens >= written) & (tokens < tl.minimum(n, end)))
-        kept_before += tl.sum(kept_here, 0)
-        ties_before += tl.sum(tied, 0)
+def _clear(clear_ptr, clear_size, BLOCK: tl.constexpr):
+    """Zeros for the launch that follows: each program fills its share."""
+    if clear_ptr is not None:
+        for start in range(tl.program_id(0) * BLOCK, clear_size, tl.num_programs(0) * BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            tl.store(clear_ptr + offsets, tl.zeros([BLOCK], tl.int32), mask=offsets < clear_size)
 
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
@@ -148,97 +155,179 @@ def mean_heads_kernel(scores_ptr, out_ptr, S, H, stride_b, stride_h, splits, BLO
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def select_row_kernel(
-    scores_ptr, lengths, keep, out_ptr, S, H, n, sink, recent, stride_b, stride_h,
-    BLOCK: tl.constexpr, WORST: tl.constexpr,
+    scores_ptr, lengths, keep, out_ptr, clear_ptr, clear_size, S, H, n, sink, recent, stride_b, stride_h, out_stride,
+    HELD: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, h = row // H, row % H
+    length, written, need, first, last = _row_bounds(lengths, keep, b, h, S, n, sink, recent, MODE)
     row_ptr = scores_ptr + b * stride_b + h * stride_h
-    length, written, need, sink, recent = _row_bounds(lengths, keep, b, h, S, n, sink, recent, WORST)
-    prefix, ties = 0, 0
-    for digit in tl.static_range(4):
-        counts, _ = _count_digits(row_ptr, 0, S, sink, length - recent, prefix, digit, BLOCK, WORST)
-        prefix, need, ties = _next_digit(counts, prefix, need, digit)
+    keys, _ = _load_keys(row_ptr, tl.arange(0, HELD), S, first, last)
+    kth, better = _kth_key(keys, need)
     none = tl.full([], 0, tl.int32)  # nothing lies before the row
-    _write_kept(
-        row_ptr, out_ptr + row * n, 0, S, n, length, written, sink, recent, prefix, need, ties, none, none, BLOCK, WORST
-    )
+    _write(
+        row_ptr, 0, S, out_ptr + row * out_stride, n, length, written, first, last, kth, need - better, none, none,
+        BLOCK, MODE,
+    )  # fmt: skip
+    _clear(clear_ptr, clear_size, BLOCK)
 
 
 @triton.jit
-def _state_ptr(states_ptr, row, DIGIT: tl.constexpr):
-    """(prefix, need) before byte DIGIT was looked at: [rows, 4, 2] int32."""
-    return states_ptr + (row * 4 + DIGIT) * 2
-
-
-@triton.jit
-def _load_counts(histograms_ptr, row, splits, DIGIT: tl.constexpr):
-    """[MAX_SPLITS, 256] digit counts of all runs of a row, from [rows, 4, splits, 256] int32."""
-    runs = tl.arange(0, _MAX_SPLITS)[:, None]
-    offsets = ((row * 4 + DIGIT) * splits + runs) * _DIGIT_BINS + tl.arange(0, _DIGIT_BINS)[None, :]
-    return tl.load(histograms_ptr + offsets, mask=runs < splits, other=0)
-
-
-@triton.jit
-def _advance(histograms_ptr, states_ptr, row, splits, DIGIT: tl.constexpr):
-    """_next_digit after byte DIGIT, from the state before it and the counts of all runs."""
-    counts = tl.sum(_load_counts(histograms_ptr, row, splits, DIGIT), 0)
-    state_ptr = _state_ptr(states_ptr, row, DIGIT)
-    return _next_digit(counts, tl.load(state_ptr), tl.load(state_ptr + 1), DIGIT)
-
-
-@triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
-def count_digits_kernel(
-    scores_ptr, lengths, keep, histograms_ptr, states_ptr, better_ptr,
-    S, H, n, sink, recent, stride_b, stride_h, splits, chunk,
-    DIGIT: tl.constexpr, BLOCK: tl.constexpr, WORST: tl.constexpr,
+def _count_digits(
+    row_ptr, begin, end, first, last, prefix, need, ROUND: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    row = (tl.program_id(0) // splits).to(tl.int64)
-    split = tl.program_id(0) % splits
-    b, h = row // H, row % H
-    length, _, need, sink, recent = _row_bounds(lengths, keep, b, h, S, n, sink, recent, WORST)
+    """Histogram of a run's ROUND-th byte over the candidates whose more significant bytes equal `prefix`, and how many
+    candidates have a better (smaller) prefix."""
+    counts = tl.zeros([_DIGIT_BINS], tl.int32)
+    better = tl.zeros([BLOCK], tl.int32)
+    for start in range(begin, end, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        keys, competes = _load_keys(row_ptr, tokens, end, first, last)
+        if ROUND == 0:
+            digits = (keys >> 24) + 128  # the sign bit makes the first byte signed
+        else:
+            digits = (keys >> (24 - 8 * ROUND)) & 255
+            better += (competes & ((keys >> (32 - 8 * ROUND)) < prefix)).to(tl.int32)
+            competes = competes & ((keys >> (32 - 8 * ROUND)) == prefix)
+        if need > 0:
+            counts += tl.histogram(digits, _DIGIT_BINS, mask=competes)
+    return counts, tl.sum(better, 0)
+
+
+@triton.jit
+def _state_ptr(states_ptr, row, ROUND: tl.constexpr):
+    """(prefix, need) before byte ROUND was looked at: [rows, 4, 2] int32."""
+    return states_ptr + (row * 4 + ROUND) * 2
+
+
+@triton.jit
+def _sum_counts(histograms_ptr, row, split, splits, ROUND: tl.constexpr):
+    """[256] digit counts of a row, and of its runs before `split` alone, from [rows, 4, splits, 256] int32."""
+    run_ptr = histograms_ptr + (row * 4 + ROUND) * splits * _DIGIT_BINS + tl.arange(0, _DIGIT_BINS)
+    counts = tl.zeros([_DIGIT_BINS], tl.int32)
+    before = tl.zeros([_DIGIT_BINS], tl.int32)
+    for start in range(0, splits, _LOADS_AT_ONCE):
+        for i in tl.static_range(_LOADS_AT_ONCE):
+            run = start + i
+            count = tl.load(run_ptr + run * _DIGIT_BINS, mask=run < splits, other=0)
+            counts += count
+            before += tl.where(run < split, count, 0)
+    return counts, before
+
+
+@triton.jit
+def _next_digit(counts, prefix, need, ROUND: tl.constexpr):
+    """The prefix one byte longer, and how many keys with exactly that prefix are still needed: none, if the keys below
+    it are just as many as are needed. Then it is longer by zeros only, and nothing has to be counted any more."""
+    below = tl.cumsum(counts, 0)
+    passed = (below <= need) & (tl.arange(0, _DIGIT_BINS) < _DIGIT_BINS - 1)
+    digit = tl.where(need > 0, tl.sum(passed.to(tl.int32), 0), 0)
+    need -= tl.max(tl.where(passed, below, 0), 0)
+    if ROUND == 0:
+        prefix = digit - 128
+    else:
+        prefix = prefix * 256 + digit
+    return prefix, need
+
+
+@triton.jit
+def _meet(meeting_ptr, split, splits, ROUND: tl.constexpr):
+    """Wait until all programs of a row have finished the rounds before ROUND. meeting: [rows, 2] int64, not cleared.
+
+    The row's first program sets the count of arrivals to 0 and then opens the meeting with a number that memory holds
+    by chance once in 2⁶⁴; when all have come for the first time they have seen it, and it is taken away again, so that
+    the next launch, or the replay of a graph, does not find it.
+    """
+    open_ptr, arrivals_ptr = meeting_ptr, meeting_ptr + 1
+    if ROUND == 1:
+        if split == 0:
+            tl.atomic_xchg(arrivals_ptr, 0, sem="relaxed")
+            tl.atomic_xchg(open_ptr, _OPEN, sem="release")
+        seen = tl.atomic_add(open_ptr, 0, sem="acquire")
+        while seen != _OPEN:
+            seen = tl.atomic_add(open_ptr, 0, sem="acquire")
+    tl.debug_barrier()  # all threads have written
+    arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1
+    while arrived < ROUND * splits:
+        arrived = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
+    if ROUND == 1:
+        if split == 0:
+            tl.atomic_xchg(open_ptr, 0, sem="relaxed")
+
+
+@triton.jit
+def _run_round(
+    row_ptr, histograms_ptr, states_ptr, better_ptr, out_ptr, row, split, splits, chunk, S, n,
+    length, written, need, first, last,
+    ROUND: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
     prefix = 0
-    if DIGIT > 0:
-        prefix, need, _ = _advance(histograms_ptr, states_ptr, row, splits, DIGIT - 1)
-    if split == 0:
-        state_ptr = _state_ptr(states_ptr, row, DIGIT)
-        tl.store(state_ptr, prefix)
-        tl.store(state_ptr + 1, need)
+    if ROUND > 0:
+        counts, counts_before = _sum_counts(histograms_ptr, row, split, splits, ROUND - 1)
+        state_ptr = _state_ptr(states_ptr, row, ROUND - 1)
+        prefix, need = _next_digit(counts, tl.load(state_ptr), tl.load(state_ptr + 1), ROUND - 1)
     begin = split * chunk
     end = tl.minimum(begin + chunk, S)
-    counts, better = _count_digits(
-        scores_ptr + b * stride_b + h * stride_h, begin, end, sink, length - recent, prefix, DIGIT, BLOCK, WORST
-    )
-    offsets = ((row * 4 + DIGIT) * splits + split) * _DIGIT_BINS + tl.arange(0, _DIGIT_BINS)
-    tl.store(histograms_ptr + offsets, counts)
-    if DIGIT == 3:
-        tl.store(better_ptr + row * splits + split, better)
+    if ROUND < _WRITE:
+        if split == 0:
+            state_ptr = _state_ptr(states_ptr, row, ROUND)
+            tl.store(state_ptr, prefix)
+            tl.store(state_ptr + 1, need)
+        counts, better = _count_digits(row_ptr, begin, end, first, last, prefix, need, ROUND, BLOCK)
+        offsets = ((row * 4 + ROUND) * splits + split) * _DIGIT_BINS + tl.arange(0, _DIGIT_BINS)
+        tl.store(histograms_ptr + offsets, counts)
+        if ROUND == 3:
+            tl.store(better_ptr + row * splits + split, better)
+    else:
+        # What the runs before this one hold: candidates better in the first three bytes, or in the last one, and ties.
+        better_before = tl.full([], 0, tl.int32)
+        for run in range(0, split):
+            better_before += tl.load(better_ptr + row * splits + run)
+        bins, digit = tl.arange(0, _DIGIT_BINS), prefix & 255
+        better_before += tl.sum(tl.where(bins < digit, counts_before, 0), 0)
+        ties_before = tl.sum(tl.where(bins == digit, counts_before, 0), 0)
+        _write(
+            row_ptr, begin, end, out_ptr, n, length, written, first, last, prefix, need, better_before, ties_before,
+            BLOCK, MODE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
-def write_kept_kernel(
-    scores_ptr, lengths, keep, histograms_ptr, states_ptr, better_ptr, out_ptr,
-    S, H, n, sink, recent, stride_b, stride_h, splits, chunk, BLOCK: tl.constexpr, WORST: tl.constexpr,
+def select_runs_kernel(
+    scores_ptr, lengths, keep, out_ptr, clear_ptr, clear_size, histograms_ptr, states_ptr, better_ptr, meeting_ptr,
+    S, H, n, sink, recent, stride_b, stride_h, out_stride, splits, chunk,
+    FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
+    """Rounds FIRST to LAST. More than one: all programs of a row run at once, or it has one."""
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     b, h = row // H, row % H
-    length, written, _, sink, recent = _row_bounds(lengths, keep, b, h, S, n, sink, recent, WORST)
-    kth, need, ties = _advance(histograms_ptr, states_ptr, row, splits, 3)
+    length, written, need, first, last = _row_bounds(lengths, keep, b, h, S, n, sink, recent, MODE)
+    row_ptr = scores_ptr + b * stride_b + h * stride_h
+    if FIRST == 0:
+        _clear(clear_ptr, clear_size, BLOCK)
+    for ROUND in tl.static_range(FIRST, LAST + 1):
+        if ROUND > FIRST:
+            if meeting_ptr is None:
+                tl.debug_barrier()
+            else:
+                _meet(meeting_ptr + row * 2, split, splits, ROUND)
+        _run_round(
+            row_ptr, histograms_ptr, states_ptr, better_ptr, out_ptr + row * out_stride, row, split, splits, chunk,
+            S, n, length, written, need, first, last, ROUND, BLOCK, MODE,
+        )  # fmt: skip
 
-    # What the runs before this one hold: candidates better in the first three bytes, or in the last one, and ties.
-    runs, bins = tl.arange(0, _MAX_SPLITS), tl.arange(0, _DIGIT_BINS)[None, :]
-    counts = tl.where((runs < split)[:, None], _load_counts(histograms_ptr, row, splits, 3), 0)
-    better = tl.load(better_ptr + row * splits + runs, mask=runs < split, other=0)
-    digit = kth & 255
-    better_before = tl.sum(better, 0) + tl.sum(tl.sum(tl.where(bins < digit, counts, 0), 1), 0)
-    ties_before = tl.sum(tl.sum(tl.where(bins == digit, counts, 0), 1), 0)
 
-    begin = split * chunk
-    _write_kept(
-        scores_ptr + b * stride_b + h * stride_h, out_ptr + row * n, begin, tl.minimum(begin + chunk, S), n,
-        length, written, sink, recent, kth, need, ties, better_before, ties_before, BLOCK, WORST,
-    )  # fmt: skip
+@triton.jit(do_not_specialize=["S", "H", "total", "m", "blocks"])
+def split_heads_kernel(flat_ptr, out_ptr, S, H, total, m, blocks, BLOCK: tl.constexpr):
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    slots = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    flat_ptr += row // H * total
+    begins_at = row % H * S
+    begin = count_below(flat_ptr, total, begins_at)
+    end = count_below(flat_ptr, total, begins_at + S)
+    tokens = tl.load(flat_ptr + begin + slots, mask=begin + slots < end, other=0) - begins_at
+    tl.store(out_ptr + row * m + slots, tl.where(begin + slots < end, tokens, -1), mask=slots < m)
 
 
 def _mean_heads(scores: torch.Tensor) -> torch.Tensor:
@@ -258,35 +347,85 @@ def topk_indices(
     shared: bool,
     lengths: torch.Tensor | None,
     out: torch.Tensor,
+    clear: torch.Tensor | None = None,
 ) -> None:
-    """Fill out [B, H, n] (shared: [B, 1, n]) int64 with the kept tokens, ascending; -1 beyond keep_lengths[b]."""
+    """Fill out [B, H, n] (shared: [B, 1, n]) int64 with the kept tokens, ascending; -1 beyond what a row keeps: n, or
+    keep_lengths [B] or [B, H], or all of its tokens. clear, int32, is filled with zeros along the way."""
     if shared:
         scores = _mean_heads(scores)
-    _select(scores, keep_lengths, sink, recent, lengths, out, worst=False)
+    _select(scores, keep_lengths, out.shape[2], sink, recent, lengths, out, clear, _KEEP)
+
+
+def topk_adaptive(
+    scores: torch.Tensor,
+    n: int,
+    keep_lengths: torch.Tensor | None,
+    floor: tuple[int, int],
+    sink: int,
+    recent: int,
+    lengths: torch.Tensor | None,
+    out: torch.Tensor,
+    clear: torch.Tensor | None = None,
+) -> None:
+    """Fill out [B, H, m] int64 with the kept tokens, ascending, -1 behind: over its heads a request keeps the sum of
+    what each of them may keep (n, or keep_lengths), and each head at least its protected tokens and the share floor
+    (numerator, denominator) of its own."""
+    B, H, S = scores.shape
+    p, q = floor
+    least = max(sink + recent, (2 * p * n + q) // (2 * q))
+    floors = totals = None
+    if lengths is not None or keep_lengths is not None:
+        keep = torch.full((B, H), n, device=scores.device) if keep_lengths is None else _per_head(keep_lengths, B, H)
+        floors = ((keep * (2 * p) + q) // (2 * q)).clamp(min=sink + recent).minimum(keep)
+        totals = keep.sum(1)
+        if lengths is not None:
+            totals = totals.minimum(_per_head(lengths, B, H).sum(1))
+    keys = torch.empty((B, H, S), dtype=torch.int32, device=scores.device)
+    _select(scores, floors, least, sink, recent, lengths, keys, None, _MARK)
+    flat = torch.empty((B, 1, H * n), dtype=torch.int64, device=scores.device)
+    _select(keys.view(B, 1, H * S), totals, H * n, 0, 0, None, flat, clear, _KEEP)
+    m, BLOCK = out.shape[2], 1024  # 8 indices a thread
+    split_heads_kernel[(B * H * cdiv(m, BLOCK),)](flat, out, S, H, H * n, m, cdiv(m, BLOCK), BLOCK=BLOCK)
+
+
+def _per_head(counts: torch.Tensor, B: int, H: int) -> torch.Tensor:
+    return (counts if counts.ndim == 2 else counts[:, None]).long().expand(B, H)
 
 
 def evict_slots(scores: torch.Tensor, sink: int, recent: int, lengths: torch.Tensor | None, out: torch.Tensor) -> None:
     """Fill out [B, H, n] int64 with the n worst unprotected tokens, ascending; -1 where a row has fewer."""
-    _select(scores, None, sink, recent, lengths, out, worst=True)
+    _select(scores, None, out.shape[2], sink, recent, lengths, out, None, _EVICT)
 
 
-def _select(scores, keep_lengths, sink: int, recent: int, lengths, out, worst: bool) -> None:
+def _runs_at_once() -> bool:
+    """Whether a launch can be promised that all of its programs run at once."""
+    return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
+
+
+def _select(scores, keep, n: int, sink: int, recent: int, lengths, out, clear, mode: tl.constexpr) -> None:
     B, H, S = scores.shape
-    n = out.shape[2]
-    config = select_config(B * H, S, multiprocessors(scores.device))
-    sizes = (S, H, n, sink, recent, *scores.stride()[:2])
-    launch = dict(BLOCK=config.block, WORST=worst, num_warps=config.num_warps)
-    lengths, keep_lengths = per_row(lengths), per_row(keep_lengths)
-    if config.splits == 1:
-        select_row_kernel[(B * H,)](scores, lengths, keep_lengths, out, *sizes, **launch)
+    rows = B * H
+    config = select_config(rows, S, multiprocessors(scores.device))
+    arrays = (scores, per_row(lengths), per_row(keep), out, clear, 0 if clear is None else clear.numel())
+    sizes = (S, H, n, sink, recent, *scores.stride()[:2], out.stride(1))
+    options = dict(BLOCK=config.block, MODE=mode, num_warps=config.num_warps)
+    if config.held:
+        select_row_kernel[(rows,)](*arrays, *sizes, HELD=config.held, **options)
         return
 
-    def workspace(*shape):
-        return torch.empty(shape, dtype=torch.int32, device=scores.device)
+    def workspace(*shape, dtype=torch.int32):
+        return torch.empty(shape, dtype=dtype, device=scores.device)
 
-    rows, splits = B * H, config.splits
+    splits = config.splits
     found = (workspace(rows, 4, splits, 256), workspace(rows, 4, 2), workspace(rows, splits))
-    sizes += (splits, config.chunk)
-    for digit in range(4):
-        count_digits_kernel[(rows * splits,)](scores, lengths, keep_lengths, *found, *sizes, DIGIT=digit, **launch)
-    write_kept_kernel[(rows * splits,)](scores, lengths, keep_lengths, *found, out, *sizes, **launch)
+    grid, sizes = (rows * splits,), (*sizes, splits, config.chunk)
+    if splits == 1:
+        select_runs_kernel[grid](*arrays, *found, None, *sizes, FIRST=0, LAST=_WRITE, **options)
+    elif _runs_at_once():
+        meeting = workspace(rows, 2, dtype=torch.int64)
+        select_runs_kernel[grid](
+            *arrays, *found, meeting, *sizes, FIRST=0, LAST=_WRITE, launch_cooperative_grid=True, **options
+        )
+    else:
+        for ROUND in range(_WRITE.value + 1):
+            select_runs_kernel[grid](*arrays, *found, None, *sizes, FIRST=ROUND, LAST=ROUND, **options)

@@ -4,7 +4,12 @@ left to check here needs the tensors' values or addresses. `trusted`: an earlier
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import MutableMapping
+from typing import NamedTuple
+
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from kvevict import validate
 from kvevict.backends import pick
@@ -26,8 +31,12 @@ def _custom_op(schema: str):
 
 
 def _run(name: str, device: torch.device, *args) -> None:
-    """Call the backend's function with `device` current: Triton launches on the current device."""
+    """Call the backend's function with `device` current, on which Triton launches, and without autocast, under which
+    torch would round the reference's products."""
     function = getattr(pick(device), name)
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            return function(*args)
     if device.type == "cpu":
         return function(*args)
     module = torch.get_device_module(device)
@@ -39,15 +48,70 @@ def _run(name: str, device: torch.device, *args) -> None:
 
 def cache_rows(keys: torch.Tensor, table: torch.Tensor | None) -> tuple[int, int, int]:
     """B, H and S, the most tokens of a request, of dense keys [B, H, S, D], or of paged ones [blocks, H, block_size, D]
-    under a block table [B, columns]."""
+    under a block table [B, columns], or [B, heads, columns] and a cache of one head."""
     B, H, S = keys.shape[:3]
-    return (B, H, S) if table is None else (table.shape[0], H, table.shape[1] * S)
+    if table is None:
+        return B, H, S
+    return table.shape[0], table.shape[1] if table.ndim == 3 else H, table.shape[-1] * S
 
 
-def _check_lengths(lengths, keys, table) -> None:
-    validate.lengths_within(lengths, cache_rows(keys, table)[2])
+class _Checked(NamedTuple):
+    """What was found in range: for which lengths, versions of lengths and table, and bounds."""
+
+    lengths: weakref.ReferenceType[torch.Tensor]
+    stamp: tuple[int, ...]
+    written: bool
+
+
+# By table, or by lengths where there is none: a decode step pays for its table in the first layer, not in all of them.
+_checked: MutableMapping[torch.Tensor, _Checked] = WeakIdKeyDictionary()
+
+
+def _check_lengths(lengths, keys, table, written: bool = False) -> None:
+    """Values of lengths and block table, once per version of them. written: no block may be there twice."""
+    if lengths is None:
+        return
+    S, (blocks, _, block_size, _) = cache_rows(keys, table)[2], keys.shape
+    by = lengths if table is None else table
+    versioned = not (lengths.is_inference() or by.is_inference())
+    stamp = (lengths._version, by._version, S, blocks, block_size) if versioned else ()
+    known = _checked.get(by)
+    if versioned and known and known.lengths() is lengths and known.stamp == stamp and known.written >= written:
+        return
+    ok = torch.empty(1, dtype=torch.bool, device=lengths.device)
+    _run("check_rows", lengths.device, lengths, S, table, blocks, block_size, ok)
+    validate.rows_in_range(ok, lengths, S, table, blocks, block_size)
+    if written:
+        validate.blocks_apart(table, lengths, blocks, block_size)
+    if versioned:
+        _checked[by] = _Checked(weakref.ref(lengths), stamp, written)
+
+
+def _check_written(keys, values, table, lengths, key_scales, value_scales) -> None:
+    """What is written in place shares no memory, neither by strides nor by blocks."""
+    dense = table is None
+    named = {("keys" if dense else "key_cache"): keys, ("values" if dense else "value_cache"): values}
+    named |= {"key_scales": key_scales, "value_scales": value_scales}
+    validate.written_apart({name: rows for name, rows in named.items() if rows is not None})
     if table is not None:
-        validate.blocks_valid(table, lengths, keys, written=False)
+        _check_lengths(lengths, keys, table, written=True)
+
+
+def _check_indices(indices, keys, table, lengths) -> None:
+    """Values of the caller's indices and lengths. What moves within shared blocks must be as many in every head."""
+    validate.indices_ascend(indices, cache_rows(keys, table)[2] if lengths is None else lengths)
+    if table is not None and table.ndim == 2:
+        kept = (indices >= 0).sum(-1)
+        expected = "as many tokens in every KV head of a request, whose heads share their blocks"
+        validate.require((kept == kept[:, :1]).all(), "indices", indices, expected)
+
+
+def _from_end(indices, lengths):
+    """Slots and the rows they name counted back from the request's end: the last token comes first."""
+    kept = (indices >= 0).sum(-1, keepdim=True)
+    lengths = lengths.long().view(*lengths.shape, *(1,) * (3 - lengths.ndim))
+    rank = kept - 1 - torch.arange(indices.shape[2], device=indices.device)
+    return torch.where(rank >= 0, lengths - 1 - indices.gather(2, rank.clamp(min=0)), -1)
 
 
 @_custom_op(
@@ -60,46 +124,79 @@ def _keydiff_scores_op(keys, anchor, unit, lengths, out, table=None):
 
 @_custom_op(
     "topk_indices(Tensor scores, Tensor? keep_lengths, SymInt sink, SymInt recent, bool shared, Tensor? lengths, "
-    "bool trusted, Tensor(a!) out) -> ()"
+    "bool trusted, Tensor(a!) out, Tensor(b!)? clear=None) -> ()"
 )
-def _topk_indices_op(scores, keep_lengths, sink, recent, shared, lengths, trusted, out):
+def _topk_indices_op(scores, keep_lengths, sink, recent, shared, lengths, trusted, out, clear=None):
     if not trusted:
-        validate.lengths_within(lengths, scores.shape[2])
-    _run("topk_indices", scores.device, scores, keep_lengths, sink, recent, shared, lengths, out)
-
-
-@_custom_op("fill_holes(Tensor indices, SymInt S, bool trusted, Tensor(a!) out) -> ()")
-def _fill_holes_op(indices, S, trusted, out):
-    if not trusted:
-        validate.indices_ascend(indices, S)
-    _run("fill_holes", indices.device, indices, out)
+        _check_lengths(lengths, scores[..., None], None)
+        validate.counts_positive(keep_lengths, lengths)
+    _run("topk_indices", scores.device, scores, keep_lengths, sink, recent, shared, lengths, out, clear)
 
 
 @_custom_op(
-    "move_rows(Tensor(a!) keys, Tensor(b!) values, Tensor slots, bool ordered, bool trusted, Tensor? table=None, "
-    "Tensor? lengths=None, bool from_end=False) -> ()"
+    "topk_adaptive(Tensor scores, SymInt n, Tensor? keep_lengths, SymInt floor_p, SymInt floor_q, SymInt sink, "
+    "SymInt recent, Tensor? lengths, bool trusted, Tensor(a!) out, Tensor(b!)? clear=None) -> ()"
 )
-def _move_rows_op(keys, values, slots, ordered, trusted, table=None, lengths=None, from_end=False):
-    validate.no_internal_overlap("keys", keys)
-    validate.no_internal_overlap("values", values)
-    validate.no_mutual_overlap(keys, values)
+def _topk_adaptive_op(
+    scores, n, keep_lengths, floor_p, floor_q, sink, recent, lengths, trusted, out, clear=None
+):  # fmt: skip
     if not trusted:
-        S = cache_rows(keys, table)[2]
-        validate.indices_ascend(slots, S)
-        validate.lengths_within(lengths, S)
-    if table is not None:
-        validate.blocks_valid(table, lengths, keys, written=True)
-    _run("move_rows", keys.device, keys, values, slots, ordered, table, lengths if from_end else None)
+        _check_lengths(lengths, scores[..., None], None)
+    floor = (floor_p, floor_q)
+    _run("topk_adaptive", scores.device, scores, n, keep_lengths, floor, sink, recent, lengths, out, clear)
 
 
 @_custom_op(
-    "copy_rows(Tensor keys, Tensor values, Tensor slots, bool trusted, Tensor(a!) out_keys, Tensor(b!) out_values) "
-    "-> ()"
+    "move_rows(Tensor(a!) keys, Tensor(b!) values, Tensor indices, Tensor(c!)? slots, bool trusted, "
+    "Tensor? table=None, Tensor? lengths=None, bool from_end=False, Tensor(d!)? key_scales=None, "
+    "Tensor(e!)? value_scales=None) -> ()"
 )
-def _copy_rows_op(keys, values, slots, trusted, out_keys, out_values):
+def _move_rows_op(
+    keys, values, indices, slots, trusted, table=None, lengths=None, from_end=False, key_scales=None, value_scales=None
+):  # fmt: skip
+    """slots: filled with the token that each slot then holds, for the fewest moves; None keeps their order."""
+    _check_written(keys, values, table, lengths, key_scales, value_scales)
     if not trusted:
-        validate.indices_ascend(slots, keys.shape[2])
-    _run("copy_rows", keys.device, keys, values, slots, out_keys, out_values)
+        _check_indices(indices, keys, table, lengths)
+    moves = _from_end(indices, lengths) if from_end else indices
+    if slots is not None:
+        _run("fill_holes", keys.device, moves, slots)
+        moves = slots
+    ends = lengths if from_end else None
+    _run("move_rows", keys.device, keys, values, moves, slots is None, table, ends, None, key_scales, value_scales)
+
+
+@_custom_op(
+    "topk_move(Tensor scores, Tensor? keep_lengths, SymInt sink, SymInt recent, bool shared, Tensor? lengths, "
+    "Tensor(a!) indices, Tensor(b!) keys, Tensor(c!) values, Tensor? table=None, bool from_end=False, "
+    "Tensor(d!)? key_scales=None, Tensor(e!)? value_scales=None) -> ()"
+)
+def _topk_move_op(
+    scores, keep_lengths, sink, recent, shared, lengths, indices, keys, values, table=None, from_end=False,
+    key_scales=None, value_scales=None,
+):  # fmt: skip
+    """topk_indices, then move_rows in order: the selection clears the flags of the move, which saves it a launch."""
+    _check_written(keys, values, table, lengths, key_scales, value_scales)
+    validate.counts_positive(keep_lengths, lengths)
+    B, H, _ = scores.shape
+    slots = indices.expand(B, H, -1)
+    flags = torch.empty(pick(keys.device).move_flags(slots, keys, values), dtype=torch.int32, device=keys.device)
+    _run("topk_indices", keys.device, scores, keep_lengths, sink, recent, shared, lengths, indices, flags)
+    ends = lengths if from_end else None
+    moves = _from_end(slots, lengths) if from_end else slots
+    _run("move_rows", keys.device, keys, values, moves, True, table, ends, flags, key_scales, value_scales)
+
+
+@_custom_op(
+    "copy_rows(Tensor keys, Tensor values, Tensor indices, Tensor(a!)? slots, bool trusted, Tensor(b!) out_keys, "
+    "Tensor(c!) out_values) -> ()"
+)
+def _copy_rows_op(keys, values, indices, slots, trusted, out_keys, out_values):
+    if not trusted:
+        validate.indices_ascend(indices, keys.shape[2])
+    if slots is not None:
+        _run("fill_holes", keys.device, indices, slots)
+    _run("copy_rows", keys.device, keys, values, indices if slots is None else slots, out_keys, out_values)
 
 
 @_custom_op("key_norm_scores(Tensor keys, Tensor? lengths, Tensor(a!) out, Tensor? table=None) -> ()")
@@ -134,17 +231,32 @@ def _attention_mass_op(queries, keys, lse, scale, causal, reduce, count, lengths
 
 @_custom_op(
     "decode_attention(Tensor queries, Tensor keys, Tensor values, float scale, Tensor? lengths, Tensor(a!)? mass, "
-    "float decay, Tensor(b!)? last_used, SymInt step, float threshold, Tensor(c!) out, Tensor? table=None) -> ()"
+    "float decay, Tensor(b!)? last_used, SymInt step, float threshold, Tensor(c!) out, Tensor? table=None, "
+    "Tensor? given_lse=None, Tensor(d!)? out_lse=None) -> ()"
 )
 def _decode_attention_op(
-    queries, keys, values, scale, lengths, mass, decay, last_used, step, threshold, out, table=None
+    queries, keys, values, scale, lengths, mass, decay, last_used, step, threshold, out, table=None,
+    given_lse=None, out_lse=None,
 ):  # fmt: skip
     for name, tracked in (("mass", mass), ("last_used", last_used)):
         if tracked is not None:
             validate.no_internal_overlap(name, tracked)
     _check_lengths(lengths, keys, table)
-    arguments = (queries, keys, values, scale, lengths, mass, decay, last_used, step, threshold, out, table)
-    _run("decode_attention", keys.device, *arguments)
+    tracking = (mass, decay, last_used, step, threshold)
+    _run(
+        "decode_attention",
+        keys.device,
+        queries,
+        keys,
+        values,
+        scale,
+        lengths,
+        *tracking,
+        out,
+        table,
+        given_lse,
+        out_lse,
+    )
 
 
 @_custom_op("pool_scores(Tensor scores, SymInt kernel_size, bool average, Tensor(a!) out) -> ()")
@@ -154,5 +266,5 @@ def _pool_scores_op(scores, kernel_size, average, out):
 
 @_custom_op("evict_slots(Tensor scores, SymInt sink, SymInt recent, Tensor? lengths, Tensor(a!) out) -> ()")
 def _evict_slots_op(scores, sink, recent, lengths, out):
-    validate.lengths_within(lengths, scores.shape[2])
+    _check_lengths(lengths, scores[..., None], None)
     _run("evict_slots", scores.device, scores, sink, recent, lengths, out)

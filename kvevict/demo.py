@@ -149,7 +149,7 @@ def chosen_policies(name: str, weights: pathlib.Path) -> dict[str, Policy]:
     Raises:
         kvevict.models.Unavailable: unknown name, no weights or damaged ones.
     """
-    trained = {}
+    trained: dict[str, Policy] = {}
     if name == "learned" or (name == "all" and weights.exists()):
         try:
             trained = {"learned": Learned.load(weights)}

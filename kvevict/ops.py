@@ -8,6 +8,10 @@ contiguous last dimension. A [B, S, H, D] cache is passed as `x.transpose(1, 2)`
 float32, float16, bfloat16, float8_e4m3fn, float8_e5m2; `compact` also moves int8 and uint8 rows. head_dim up to 576,
 fastest at multiples of 16.
 
+lengths: int32 or int64 tensor of valid tokens, [batch], at least 1 each; or [batch, kv_heads], one for each head, where
+0 is allowed: no scores but -inf, no indices but -1. What lies beyond is not read. Small arguments (indices, lengths, a
+scorer's weights) may have any strides; scores and states need contiguous rows.
+
 Queries [batch, query_heads, W, head_dim] are the last W of the sequence (W = S: the whole prompt), of the keys' dtype
 (any of the above beside float8 keys); query head h·G + g belongs to KV head h, its GQA group. Where `lengths` are given
 and a request is shorter than W, its queries come first and the rest is padding.
@@ -24,24 +28,41 @@ from torch import Tensor
 from kvevict import custom_ops, validate
 
 
+class _Cache(NamedTuple):
+    """What the ops work on, dense or paged, checked but for tensor values."""
+
+    keys: Tensor  # [B, H, S, D], or [blocks, H, block_size, D]
+    values: Tensor  # likewise; `keys` again where an op reads no values
+    table: Tensor | None  # [B, columns] or [B, H, columns] int32
+    lengths: Tensor | None  # [B] or [B, H]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """B, H, S and D."""
+        return (*custom_ops.cache_rows(self.keys, self.table), self.keys.shape[3])
+
+
 class Compacted(NamedTuple):
     """A compacted cache. With `inplace=True`, keys and values are views of the caller's storage."""
 
     keys: Tensor  # [B, H, n, D]
     values: Tensor  # [B, H, n, Dv]
     indices: Tensor  # [B, H, n] int64: original position of the token now in each slot; -1 is padding
-    lengths: Tensor | None  # [B] int64: kept tokens of each request when `lengths` was given, else None
+    lengths: Tensor | None  # int64: kept tokens, shaped as the `lengths` that were given ([B] or [B, H]); else None
 
 
 def keydiff_scores(keys: Tensor, *, anchor: str | Tensor = "unit", lengths: Tensor | None = None) -> Tensor:
     """KeyDiff scores: how unlike the mean key each key is. Higher means keep.
 
-    score_i = -cos(k_i, a). Park et al., "KeyDiff" (arXiv 2504.15364), equation 4. A zero key scores 0.
+    score_i = -cos(k_i, a). Park et al., "KeyDiff" (arXiv 2504.15364), equation 4. A zero key scores 0. A key with an
+    element that is not finite scores NaN, which ranks last, and is neither in the mean nor in its count; without any
+    finite key all scores are NaN. Keys of any finite norm are scored by the formula, with torch's epsilons (1e-12 for
+    unit keys, 1e-8 for the cosine). Scores of the same keys in another memory layout agree to 1e-6.
 
     Args:
         keys: [B, H, S, D], after RoPE.
         anchor: "unit", a = mean of k_i / ‖k_i‖ (the paper); "raw", a = mean of k_i; or a tensor [B, H, D].
-        lengths: [B] int32 or int64, valid tokens of each request; what lies beyond is not read.
+        lengths: [B] or [B, H], see the module.
 
     Returns:
         [B, H, S] float32, -inf beyond a request's length.
@@ -49,10 +70,7 @@ def keydiff_scores(keys: Tensor, *, anchor: str | Tensor = "unit", lengths: Tens
     Raises:
         TypeError, ValueError: see the module; values of `lengths` on a GPU are asserted on the device.
     """
-    keys = validate.cache("keys", keys, validate.FLOAT_DTYPES)
-    _check_anchor(anchor, keys)
-    lengths = None if lengths is None else validate.lengths(lengths, keys)
-    return _scores(keys, anchor, lengths)
+    return _scores(_dense(keys, lengths), anchor)
 
 
 def key_norm_scores(keys: Tensor, *, lengths: Tensor | None = None) -> Tensor:
@@ -60,10 +78,9 @@ def key_norm_scores(keys: Tensor, *, lengths: Tensor | None = None) -> Tensor:
 
     Arguments, result and errors as `keydiff_scores`.
     """
-    keys = validate.cache("keys", keys, validate.FLOAT_DTYPES)
-    lengths = None if lengths is None else validate.lengths(lengths, keys)
+    cache = _dense(keys, lengths)
     out = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
-    torch.ops.kvevict.key_norm_scores(keys, lengths, out)
+    torch.ops.kvevict.key_norm_scores(cache.keys, cache.lengths, out)
     return out
 
 
@@ -77,7 +94,7 @@ def attention_lse(
         keys: [B, H, S, D], after RoPE.
         scale: of the logits; None is 1/√D.
         causal: a query sees no key behind its own token.
-        lengths: [B] int32 or int64, valid tokens of each request.
+        lengths: [B] or [B, H], see the module.
 
     Returns:
         [B, Hq, W] float32, ln Σ_i exp(scale · q·k_i) over the keys that a query sees; -inf for padding queries.
@@ -85,11 +102,10 @@ def attention_lse(
     Raises:
         TypeError, ValueError: see the module; more queries than keys; `lengths` as in `keydiff_scores`.
     """
-    keys = validate.cache("keys", keys, validate.FLOAT_DTYPES)
-    queries = validate.queries(queries, keys)
-    scale = validate.softmax_scale(scale, keys.shape[3])
-    lengths = None if lengths is None else validate.lengths(lengths, keys)
-    return _lse(queries, keys, scale, causal, lengths)
+    cache = _dense(keys, lengths)
+    queries = validate.queries(queries, cache.shape, cache.keys)
+    validate.flag("causal", causal)
+    return _lse(cache, queries, validate.softmax_scale(scale, keys.shape[3]), causal)
 
 
 def attention_mass(
@@ -118,7 +134,7 @@ def attention_mass(
             of squares (KV-Compress, arXiv 2410.00161).
         normalize: "count" takes account of how many queries see a key (under `causal` the last key has one): "mean"
             averages over those alone, "sum" and "square" are divided by their number.
-        lengths: [B] int32 or int64, valid tokens of each request.
+        lengths: [B] or [B, H], see the module.
 
     Returns:
         [B, H, S] float32; -inf beyond a request's length.
@@ -126,12 +142,7 @@ def attention_mass(
     Raises:
         TypeError, ValueError: as `attention_lse`; also normalize="count" with reduce="max".
     """
-    keys = validate.cache("keys", keys, validate.FLOAT_DTYPES)
-    queries = validate.queries(queries, keys)
-    scale = validate.softmax_scale(scale, keys.shape[3])
-    _check_mass(queries, lse, reduce, normalize)
-    lengths = None if lengths is None else validate.lengths(lengths, keys)
-    return _mass(queries, keys, scale, lse, causal, reduce, normalize, lengths)
+    return _mass(_dense(keys, lengths), queries, scale, lse, causal, reduce, normalize)
 
 
 def decode_attention(
@@ -146,45 +157,49 @@ def decode_attention(
     last_used: Tensor | None = None,
     step: int | None = None,
     threshold: float = 1e-3,
-) -> Tensor:
-    """Attention of one new query per head over the cache, which also notes how much each cached token was used.
+    lse: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the last W queries over the cache, which also notes how much each cached token was used.
 
-    Let w be this step's attention weights, averaged over the GQA group. Of the first `lengths` tokens of a request:
+    W = 1 is a decode step; more are a chunk after an eviction, or speculated tokens, causal among themselves. Let w be
+    a query's attention weights, averaged over the GQA group. Of the first `lengths` tokens of a request:
 
     Args:
-        queries: [B, Hq, 1, D].
-        keys, values: [B, H, S, D], [B, H, S, Dv], the new token's among them.
+        queries: [B, Hq, W, D]. Query w is that of token max(length - W, 0) + w, and sees no later one.
+        keys, values: [B, H, S, D], [B, H, S, Dv], the new tokens' among them.
         scale: of the logits; None is 1/√D.
-        lengths: [B] int32 or int64, valid tokens of each request.
-        mass: [B, H, S] float32, updated in place to decay · mass + w (H2O's accumulated score).
+        lengths: [B] or [B, H], see the module.
+        mass: [B, H, S] float32, updated in place to decay · mass + Σ w over the queries (H2O's accumulated score).
         decay: in [0, 1]; 1 never forgets.
-        last_used: [B, H, S] int32, set in place to `step` where w ≥ threshold (least recently used).
+        last_used: [B, H, S] int32, set in place to `step` where a query has w ≥ threshold (least recently used).
         step: this step's number, required with `last_used`.
         threshold: share of the attention that counts as use.
+        lse: [B, Hq, W] float32, contiguous rows: log-sum-exps to weigh by, where the cache holds a part of what the
+            queries see; the outputs of the parts then add up.
+        return_lse: give the log-sum-exps as well.
 
     Returns:
-        [B, Hq, 1, Dv] in the queries' dtype (bfloat16 for float8 queries), as scaled_dot_product_attention gives it.
+        [B, Hq, W, Dv] in the queries' dtype (bfloat16 for float8 queries), as scaled_dot_product_attention gives it; or
+        (that, LSE [B, Hq, W] float32, natural logarithm). 0 and -inf for queries beyond a request's last token, and
+        where a head has no token.
 
     Raises:
         TypeError, ValueError: see the module; `mass` or `last_used` whose elements share memory.
     """
-    keys = validate.cache("keys", keys, validate.FLOAT_DTYPES)
-    values = validate.cache("values", values, validate.FLOAT_DTYPES, like=keys)
-    queries = validate.queries(queries, keys, W=1)
-    scale = validate.softmax_scale(scale, keys.shape[3])
-    lengths = None if lengths is None else validate.lengths(lengths, keys)
+    cache = _dense(keys, lengths, values)
     if mass is not None:
-        validate.like_scores("mass", mass, torch.float32, keys)
+        validate.like_scores("mass", mass, torch.float32, cache.shape, keys)
     if last_used is not None:
-        validate.like_scores("last_used", last_used, torch.int32, keys)
+        validate.like_scores("last_used", last_used, torch.int32, cache.shape, keys)
         if step is None:
             raise ValueError("step is None: expected this step's number, because last_used is given")
     step = 0 if step is None else step
-    validate.integer("step", step, 0)
+    validate.integer("step", step, 0, 2**31 - 1)
     decay, threshold = validate.number("decay", decay), validate.number("threshold", threshold)
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay is {decay}: expected a number from 0 to 1")
-    return _decode(queries, keys, values, scale, lengths, mass, decay, last_used, step, threshold)
+    return _decode(cache, queries, scale, lse, return_lse, mass, decay, last_used, step, threshold)
 
 
 def mlp_scores(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -211,7 +226,7 @@ def mlp_scores(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -
         value = validate.tensor(name, value, getattr(value, "ndim", 1), (hidden.dtype,), hidden)
         if value.shape not in shapes:
             raise ValueError(f"{name} has shape {tuple(value.shape)}: expected one of {shapes}")
-        flat[name] = value.reshape(-1)
+        flat[name] = value.reshape(-1).contiguous()
     out = torch.empty(hidden.shape[:2], dtype=torch.float32, device=hidden.device)
     torch.ops.kvevict.mlp_scores(hidden, w1.contiguous(), flat["b1"], flat["w2"], flat["b2"], out)
     return out
@@ -222,7 +237,7 @@ def pool_scores(scores: Tensor, kernel_size: int, mode: str = "avg") -> Tensor:
 
     Args:
         scores: [B, H, S] float32, last dimension contiguous.
-        kernel_size: odd; the token itself is in the middle.
+        kernel_size: odd, at most 1,023; the token itself is in the middle.
         mode: "avg", in which the padding beyond the edges counts as 0 (torch's avg_pool1d); or "max".
 
     Returns:
@@ -234,7 +249,7 @@ def pool_scores(scores: Tensor, kernel_size: int, mode: str = "avg") -> Tensor:
     """
     scores = validate.scores(scores)
     validate.one_of("mode", mode, ("avg", "max"))
-    _check_odd("kernel_size", kernel_size)
+    _check_pool("kernel_size", kernel_size)
     return _pool(scores, kernel_size, mode)
 
 
@@ -320,7 +335,7 @@ def evict_slots(
         scores: [B, H, S] float32, last dimension contiguous. NaN is the worst, then -inf.
         count: slots per head. Of equal scores the higher index goes first.
         sink, recent: so many first and last slots are never given.
-        lengths: [B] int32 or int64, valid tokens of each request.
+        lengths: [B] or [B, H], see the module.
 
     Returns:
         [B, H, count] int64, ascending; -1 at the end where a ragged row has fewer unprotected tokens.
@@ -336,7 +351,7 @@ def evict_slots(
         raise ValueError(
             f"count is {count}: expected at most {S - sink - recent}, as {sink} + {recent} of {S} slots are protected"
         )
-    lengths = None if lengths is None else validate.lengths(lengths, scores)
+    lengths = None if lengths is None else validate.lengths(lengths, B, H, scores)
     out = torch.empty((B, H, count), dtype=torch.int64, device=scores.device)
     torch.ops.kvevict.evict_slots(scores, sink, recent, lengths, out)
     return out
@@ -344,11 +359,12 @@ def evict_slots(
 
 def topk_indices(
     scores: Tensor,
-    keep: int | float,
+    keep: int | float | Tensor,
     *,
     sink: int = 0,
     recent: int = 0,
     heads: str = "each",
+    floor: float = 0.2,
     lengths: Tensor | None = None,
 ) -> Tensor:
     """The tokens to keep: the protected ones, then the best scores, ties to the lower index.
@@ -357,20 +373,27 @@ def topk_indices(
         scores: [B, H, S] float32, last dimension contiguous. NaN ranks below -inf; -0.0 equals 0.0.
         keep: an int, tokens; or a float in (0, 1], a share of the row, rounded to the nearest integer (half up), at
             least 1. A ragged row takes the share of its own length, or all of it if it is shorter than an int keep.
+            Or with heads="each" an int32 or int64 tensor [B, H], tokens of every head, at least 1 (0 where there is no
+            token); a head with fewer keeps all of them.
         sink, recent: so many first and last tokens are kept whatever their score. A ragged row that keeps fewer than
             sink + recent tokens keeps its sinks, then its most recent.
-        heads: "each" selects per KV head; "shared" averages the scores over KV heads and keeps the same tokens in all.
-        lengths: [B] int32 or int64, valid tokens of each request.
+    B, H, S = scores.shape
+    lengths = None if lengths is None else validate.lengths(lengths, B, H, scores)
+    n, kept = _check_selection((B, H, S), keep, sink, recent, heads, lengths, floor)
+    return _topk(scores, n, kept, sink, recent, heads, lengths, trusted=False, floor=floor)
 
     Returns:
-        [B, H, n] int64 in ascending order, n = keep of S tokens; -1 beyond what a ragged row keeps.
+        [B, H, m] int64 in ascending order, -1 beyond what a row keeps. m is n, keep of S tokens; S for a tensor;
+        adaptive, the most that one head can keep beside the others' floors (beside none where they may be shorter).
 
     Raises:
-        TypeError, ValueError: see the module; values of `lengths` on a GPU are asserted on the device.
+        TypeError, ValueError: see the module; values of `lengths` and `keep` on a GPU are asserted on the device.
     """
     scores = validate.scores(scores)
-    n, lengths, keep_lengths = _check_selection(scores, keep, sink, recent, heads, lengths)
-    return _topk(scores, n, keep_lengths, sink, recent, heads, lengths, trusted=False)
+    B, H, S = scores.shape
+    lengths = None if lengths is None else validate.lengths(lengths, B, H, scores)
+    n, kept = _check_selection((B, H, S), keep, sink, recent, heads, lengths, floor)
+    return _topk(scores, n, kept, sink, recent, heads, lengths, trusted=False, floor=floor)
 
 
 def compact(
@@ -393,23 +416,19 @@ def compact(
         TypeError, ValueError: see the module; in place also for keys or values that share memory. Values of `indices`
         on a GPU are asserted on the device.
     """
-    keys = validate.cache("keys", keys, validate.ROW_DTYPES)
-    values = validate.cache("values", values, validate.ROW_DTYPES, like=keys)
-    indices = validate.tensor("indices", indices, 3, (torch.int64,), keys)
-    B, H, S = keys.shape[:3]
-    if indices.shape[:2] != (B, H) or indices.shape[2] > S:
-        raise ValueError(f"indices has shape {tuple(indices.shape)}: expected ({B}, {H}, n) with n from 1 to {S}")
-    return _compact(keys, values, indices, inplace, preserve_order, None, trusted=False)
+    cache = _dense(keys, None, values, validate.ROW_DTYPES)
+    return _compact(cache, _indices(indices, cache), inplace, preserve_order, None, trusted=False)
 
 
 def keydiff_compact(
     keys: Tensor,
     values: Tensor,
     *,
-    keep: int | float,
+    keep: int | float | Tensor,
     sink: int = 0,
     recent: int = 0,
     heads: str = "each",
+    floor: float = 0.2,
     anchor: str | Tensor = "unit",
     lengths: Tensor | None = None,
     inplace: bool = True,
@@ -419,13 +438,13 @@ def keydiff_compact(
 
     Arguments, shapes and errors as there. The paper protects nothing; most users want `sink=4`.
     """
-    keys = validate.cache("keys", keys, validate.FLOAT_DTYPES)
-    values = validate.cache("values", values, validate.FLOAT_DTYPES, like=keys)
-    _check_anchor(anchor, keys)
-    n, lengths, keep_lengths = _check_selection(keys, keep, sink, recent, heads, lengths)
-    scores = _scores(keys, anchor, lengths)
-    indices = _topk(scores, n, keep_lengths, sink, recent, heads, lengths, trusted=True)
-    return _compact(keys, values, indices, inplace, preserve_order, keep_lengths, trusted=True)
+    cache = _dense(keys, lengths, values)
+    n, kept = _check_selection(cache.shape[:3], keep, sink, recent, heads, cache.lengths, floor)
+    _check_anchor(anchor, cache)
+    _check_flags(inplace, preserve_order)
+    return _select_and_compact(
+        cache, _scores(cache, anchor), n, kept, sink, recent, heads, floor, inplace, preserve_order
+    )
 
 
 def attention_compact(
@@ -433,7 +452,7 @@ def attention_compact(
     keys: Tensor,
     values: Tensor,
     *,
-    keep: int | float,
+    keep: int | float | Tensor,
     lse: Tensor | None = None,
     reduce: str = "mean",
     normalize: str | None = None,
@@ -441,6 +460,7 @@ def attention_compact(
     sink: int = 0,
     recent: int = 0,
     heads: str = "each",
+    floor: float = 0.2,
     lengths: Tensor | None = None,
     inplace: bool = True,
     preserve_order: bool = True,
@@ -451,18 +471,37 @@ def attention_compact(
     scale is 1/√D and the mask causal. Queries at the end of the prompt favour their own neighbourhood: protect it with
     `recent`.
     """
-    keys = validate.cache("keys", keys, validate.FLOAT_DTYPES)
-    values = validate.cache("values", values, validate.FLOAT_DTYPES, like=keys)
-    queries = validate.queries(queries, keys)
-    _check_mass(queries, lse, reduce, normalize)
+    cache = _dense(keys, lengths, values)
+    n, kept = _check_selection(cache.shape[:3], keep, sink, recent, heads, cache.lengths, floor)
+    _check_flags(inplace, preserve_order)
     if pool is not None:
-        _check_odd("pool", pool)
-    n, lengths, keep_lengths = _check_selection(keys, keep, sink, recent, heads, lengths)
-    scores = _mass(queries, keys, keys.shape[3] ** -0.5, lse, True, reduce, normalize, lengths)
+        _check_pool("pool", pool)
+    scores = _mass(cache, queries, None, lse, True, reduce, normalize)
     if pool is not None:
         scores = _pool(scores, pool, "avg")
-    indices = _topk(scores, n, keep_lengths, sink, recent, heads, lengths, trusted=True)
-    return _compact(keys, values, indices, inplace, preserve_order, keep_lengths, trusted=True)
+    return _select_and_compact(cache, scores, n, kept, sink, recent, heads, floor, inplace, preserve_order)
+
+
+def _dense(keys: Tensor, lengths: Tensor | None, values: Tensor | None = None, dtypes=validate.FLOAT_DTYPES) -> _Cache:
+    """A dense cache, checked."""
+    keys = validate.cache("keys", keys, dtypes)
+    values = keys if values is None else validate.cache("values", values, dtypes, like=keys)
+    if lengths is not None:
+        lengths = validate.lengths(lengths, keys.shape[0], keys.shape[1], keys)
+    return _Cache(keys, values, None, lengths)
+
+
+def _indices(indices: Tensor, cache: _Cache) -> Tensor:
+    indices = validate.tensor("indices", indices, 3, (torch.int64,), cache.keys)
+    B, H, S, _ = cache.shape
+    if indices.shape[:2] != (B, H) or indices.shape[2] > S:
+        raise ValueError(f"indices has shape {tuple(indices.shape)}: expected ({B}, {H}, n) with n from 1 to {S}")
+    return validate.small(indices)
+
+
+def _check_flags(inplace: bool, preserve_order: bool) -> None:
+    validate.flag("inplace", inplace)
+    validate.flag("preserve_order", preserve_order)
 
 
 def _check_mass(queries: Tensor, lse: Tensor | None, reduce: str, normalize: str | None) -> None:
@@ -474,22 +513,27 @@ def _check_mass(queries: Tensor, lse: Tensor | None, reduce: str, normalize: str
                 "normalize is 'count': expected None, because reduce is 'max', which has nothing to divide"
             )
     if lse is not None:
-        validate.tensor("lse", lse, 3, (torch.float32,), queries)
-        validate.contiguous_rows("lse", lse)
-        if lse.shape != queries.shape[:3]:
-            raise ValueError(f"lse has shape {tuple(lse.shape)}: expected {tuple(queries.shape[:3])}, one per query")
+        _check_lse(lse, queries)
 
 
-def _check_odd(name: str, value: int) -> None:
-    validate.integer(name, value, 1)
+def _check_lse(lse: Tensor, queries: Tensor) -> Tensor:
+    validate.tensor("lse", lse, 3, (torch.float32,), queries)
+    validate.contiguous_rows("lse", lse)
+    if lse.shape != queries.shape[:3]:
+        raise ValueError(f"lse has shape {tuple(lse.shape)}: expected {tuple(queries.shape[:3])}, one per query")
+    return lse
+
+
+def _check_pool(name: str, value: int) -> None:
+    validate.integer(name, value, 1, 1023)  # a kernel walks over them one by one
     if value % 2 == 0:
         raise ValueError(f"{name} is {value}: expected an odd number, a token with as many neighbours on either side")
 
 
-def _check_anchor(anchor: str | Tensor, keys: Tensor) -> None:
+def _check_anchor(anchor: str | Tensor, cache: _Cache) -> None:
     if isinstance(anchor, Tensor):
-        B, H, _, D = keys.shape
-        validate.tensor("anchor", anchor, 3, validate.FLOAT_DTYPES, keys)
+        B, H, _, D = cache.shape
+        validate.tensor("anchor", anchor, 3, validate.FLOAT_DTYPES, cache.keys)
         if anchor.shape != (B, H, D):
             raise ValueError(f"anchor has shape {tuple(anchor.shape)}: expected ({B}, {H}, {D}), one per KV head")
     else:
@@ -497,55 +541,83 @@ def _check_anchor(anchor: str | Tensor, keys: Tensor) -> None:
 
 
 def _check_selection(
-    like: Tensor, keep: int | float, sink: int, recent: int, heads: str, lengths: Tensor | None
-) -> tuple[int, Tensor | None, Tensor | None]:
-    """n, lengths and kept lengths [B] of a selection over `like` [B, H, S, ...]."""
-    validate.one_of("heads", heads, ("each", "shared"))
-    n = validate.kept_tokens(keep, like.shape[2], sink, recent)
-    if lengths is None:
-        return n, None, None
-    lengths = validate.lengths(lengths, like)
-    return n, lengths, validate.kept_lengths(keep, lengths)
+    shape: tuple[int, int, int],
+    keep: int | float | Tensor,
+    sink: int,
+    recent: int,
+    heads: str,
+    lengths: Tensor | None,
+    floor: float = 0.2,
+) -> tuple[int, Tensor | None]:
+    """n, and what each row keeps where it is not n, of a selection from scores [B, H, S]."""
+    B, H, S = shape
+    validate.one_of("heads", heads, ("each", "shared", "adaptive"))
+    if not 0.0 <= validate.number("floor", floor) <= 1.0:
+        raise ValueError(f"floor is {floor}: expected a number from 0 to 1")
+    if heads == "shared" and lengths is not None and lengths.ndim == 2:
+        raise ValueError("heads is 'shared': expected lengths [B], because all heads then keep the same tokens")
+    if isinstance(keep, Tensor):
+        validate.integer("sink", sink, 0)
+        validate.integer("recent", recent, 0)
+        keep = validate.counts("keep", keep, B, H, keep)
+        if heads != "each" or keep.ndim == 1:
+            raise ValueError(f"keep has shape {tuple(keep.shape)} and heads is {heads!r}: expected ({B}, {H}), 'each'")
+        return S, keep.long().clamp(max=S) if lengths is None else validate.kept_lengths(keep, lengths)
+    n = validate.kept_tokens(keep, S, sink, recent)
+    if lengths is None or (heads == "adaptive" and not isinstance(keep, float)):
+        return n, None  # adaptive: a head that is shorter than n leaves the rest to others
+    return n, validate.kept_lengths(keep, lengths)
 
 
-# From here on inputs are valid, but for tensor values: `trusted` says that an earlier op has checked those. With a
-# block table, keys and values are paged: [blocks, H, block_size, D].
+# From here on inputs are valid, but for tensor values: `trusted` says that an earlier op has checked those.
 
 
-def _scores(keys: Tensor, anchor: str | Tensor, lengths: Tensor | None, table: Tensor | None = None) -> Tensor:
+def _scores(cache: _Cache, anchor: str | Tensor) -> Tensor:
+    _check_anchor(anchor, cache)
     given = anchor if isinstance(anchor, Tensor) else None
-    out = torch.empty(custom_ops.cache_rows(keys, table), dtype=torch.float32, device=keys.device)
-    torch.ops.kvevict.keydiff_scores(keys, given, given is None and anchor == "unit", lengths, out, table)
+    out = torch.empty(cache.shape[:3], dtype=torch.float32, device=cache.keys.device)
+    unit = given is None and anchor == "unit"
+    torch.ops.kvevict.keydiff_scores(cache.keys, given, unit, cache.lengths, out, cache.table)
     return out
 
 
-def _lse(queries: Tensor, keys: Tensor, scale: float, causal: bool, lengths: Tensor | None, table=None) -> Tensor:
-    out = torch.empty(queries.shape[:3], dtype=torch.float32, device=keys.device)
-    torch.ops.kvevict.attention_lse(queries, keys, scale, causal, lengths, out, table)
+def _lse(cache: _Cache, queries: Tensor, scale: float, causal: bool) -> Tensor:
+    out = torch.empty(queries.shape[:3], dtype=torch.float32, device=queries.device)
+    torch.ops.kvevict.attention_lse(queries, cache.keys, scale, causal, cache.lengths, out, cache.table)
     return out
 
 
-def _mass(
-    queries, keys, scale: float, lse, causal: bool, reduce: str, normalize: str | None, lengths, table=None
-) -> Tensor:
+def _mass(cache: _Cache, queries, scale, lse, causal: bool, reduce: str, normalize: str | None) -> Tensor:
+    queries = validate.queries(queries, cache.shape, cache.keys)
+    scale = validate.softmax_scale(scale, queries.shape[3])
+    validate.flag("causal", causal)
+    _check_mass(queries, lse, reduce, normalize)
     trusted = lse is None
     if lse is None:
-        lse = _lse(queries, keys, scale, causal, lengths, table)
-    out = torch.empty(custom_ops.cache_rows(keys, table), dtype=torch.float32, device=keys.device)
-    count = normalize == "count"
-    torch.ops.kvevict.attention_mass(queries, keys, lse, scale, causal, reduce, count, lengths, trusted, out, table)
+        lse = _lse(cache, queries, scale, causal)
+    out = torch.empty(cache.shape[:3], dtype=torch.float32, device=queries.device)
+    torch.ops.kvevict.attention_mass(
+        queries, cache.keys, lse, scale, causal, reduce, normalize == "count", cache.lengths, trusted, out, cache.table
+    )
     return out
 
 
 def _decode(
-    queries, keys, values, scale: float, lengths, mass, decay: float, last_used, step: int, threshold: float, table=None
-) -> Tensor:
+    cache: _Cache, queries, scale, lse, return_lse, mass=None, decay=1.0, last_used=None, step=0, threshold=0.0
+) -> Tensor | tuple[Tensor, Tensor]:
+    queries = validate.queries(queries, cache.shape, cache.keys)
+    scale = validate.softmax_scale(scale, queries.shape[3])
+    validate.flag("return_lse", return_lse)
+    if lse is not None:
+        lse = _check_lse(lse, queries).contiguous()
     dtype = torch.bfloat16 if queries.dtype.itemsize == 1 else queries.dtype
-    out = torch.empty((*queries.shape[:3], values.shape[3]), dtype=dtype, device=keys.device)
+    out = torch.empty((*queries.shape[:3], cache.values.shape[3]), dtype=dtype, device=queries.device)
+    found = torch.empty(queries.shape[:3], dtype=torch.float32, device=queries.device) if return_lse else None
     torch.ops.kvevict.decode_attention(
-        queries, keys, values, scale, lengths, mass, decay, last_used, step, threshold, out, table
-    )
-    return out
+        queries, cache.keys, cache.values, scale, cache.lengths, mass, decay, last_used, step, threshold, out,
+        cache.table, lse, found,
+    )  # fmt: skip
+    return out if found is None else (out, found)
 
 
 def _pool(scores: Tensor, kernel_size: int, mode: str) -> Tensor:
@@ -554,27 +626,70 @@ def _pool(scores: Tensor, kernel_size: int, mode: str) -> Tensor:
     return out
 
 
-def _topk(scores, n: int, keep_lengths, sink: int, recent: int, heads: str, lengths, trusted: bool) -> Tensor:
-    B, H, _ = scores.shape
+def _topk(
+    scores, n: int, keep_lengths, sink: int, recent: int, heads: str, lengths, trusted: bool, clear=None, floor=0.2
+) -> Tensor:
+    """clear: int32, filled with zeros along the way: flags that the move after it wants."""
+    B, H, S = scores.shape
+    if heads == "adaptive":
+        p, q = validate.share(floor), validate.WHOLE
+        least = max(sink + recent, (2 * p * n + q) // (2 * q))
+        # The most that one head keeps, beside the others' least; which may be nothing where heads have own lengths.
+        m = min(S, H * n if lengths is not None and lengths.ndim == 2 else H * n - (H - 1) * least)
+        out = torch.empty((B, H, m), dtype=torch.int64, device=scores.device)
+        torch.ops.kvevict.topk_adaptive(scores, n, keep_lengths, p, q, sink, recent, lengths, trusted, out, clear)
+        return out
     shared = heads == "shared"
     out = torch.empty((B, 1 if shared else H, n), dtype=torch.int64, device=scores.device)
-    torch.ops.kvevict.topk_indices(scores, keep_lengths, sink, recent, shared, lengths, trusted, out)
+    torch.ops.kvevict.topk_indices(scores, keep_lengths, sink, recent, shared, lengths, trusted, out, clear)
     return out.expand(B, H, n)
 
 
-def _compact(
-    keys: Tensor, values: Tensor, indices: Tensor, inplace: bool, preserve_order: bool, lengths, trusted: bool
+def _topk_move(cache: _Cache, scores, n: int, kept, sink: int, recent: int, heads: str, *where) -> Tensor:
+    """Select and move in order, in place, in one op: the selection clears the move's flags. where: from_end, scales."""
+    B, H, _ = scores.shape
+    indices = torch.empty((B, 1 if heads == "shared" else H, n), dtype=torch.int64, device=scores.device)
+    torch.ops.kvevict.topk_move(
+        scores,
+        kept,
+        sink,
+        recent,
+        heads == "shared",
+        cache.lengths,
+        indices,
+        cache.keys,
+        cache.values,
+        cache.table,
+        *where,
+    )
+    return indices.expand(B, H, n)
+
+
+def _select_and_compact(
+    cache: _Cache, scores, n: int, kept, sink: int, recent: int, heads: str, floor: float, inplace, preserve_order
 ) -> Compacted:
+    _check_flags(inplace, preserve_order)
+    if inplace and preserve_order and heads != "adaptive":
+        indices = _topk_move(cache, scores, n, kept, sink, recent, heads)
+        return Compacted(cache.keys[:, :, :n], cache.values[:, :, :n], indices, kept)
+    indices = _topk(scores, n, kept, sink, recent, heads, cache.lengths, trusted=True, floor=floor)
+    if heads == "adaptive":
+        kept = (indices >= 0).sum(-1)
+    return _compact(cache, indices, inplace, preserve_order, kept, trusted=True)
+
+
+def _compact(
+    cache: _Cache, indices: Tensor, inplace: bool, preserve_order: bool, lengths: Tensor | None, trusted: bool
+) -> Compacted:
+    _check_flags(inplace, preserve_order)
+    keys, values = cache.keys, cache.values
     n = indices.shape[2]
-    slots = indices
-    if not preserve_order:
-        slots = torch.empty(indices.shape, dtype=torch.int64, device=indices.device)
-        torch.ops.kvevict.fill_holes(indices, keys.shape[2], trusted, slots)
-        trusted = True
+    slots = None if preserve_order else torch.empty(indices.shape, dtype=torch.int64, device=indices.device)
     if inplace:
-        torch.ops.kvevict.move_rows(keys, values, slots, preserve_order, trusted)
-        return Compacted(keys[:, :, :n], values[:, :, :n], slots, lengths)
-    new_keys = keys.new_empty((*slots.shape, keys.shape[3]))
-    new_values = values.new_empty((*slots.shape, values.shape[3]))
-    torch.ops.kvevict.copy_rows(keys, values, slots, trusted, new_keys, new_values)
-    return Compacted(new_keys, new_values, slots, lengths)
+        torch.ops.kvevict.move_rows(keys, values, indices, slots, trusted)
+        keys, values = keys[:, :, :n], values[:, :, :n]
+    else:
+        rows = keys, values
+        keys, values = (x.new_empty((*indices.shape, x.shape[3])) for x in rows)
+        torch.ops.kvevict.copy_rows(*rows, indices, slots, trusted, keys, values)
+    return Compacted(keys, values, indices if slots is None else slots, lengths)

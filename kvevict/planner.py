@@ -215,7 +215,7 @@ def _parameters(config: dict[str, Any]) -> int:
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(config.get("model_type"), **options), trust_remote_code=False
+                AutoConfig.for_model(str(config.get("model_type")), **options), trust_remote_code=False
             )
     except Exception as error:  # a configuration that transformers cannot take fails in many ways
         raise Unavailable(f"cannot build the model to count its parameters: {_first_line(error)}") from error

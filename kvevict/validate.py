@@ -4,7 +4,6 @@ expected. Checks of shapes, dtypes and strides run on the host; checks of tensor
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -18,6 +17,8 @@ def tensor(name: str, value: object, ndim: int, dtypes: tuple[torch.dtype, ...],
     """A non-empty tensor of `ndim` dimensions and one of `dtypes`, without grad, on the device of `like`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}: expected a torch.Tensor")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} is a nested or sparse tensor ({value.layout}): expected a dense one, torch.strided")
     if value.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {value.dtype}: expected one of {dtypes}")
     if value.ndim != ndim:
@@ -57,19 +58,47 @@ def one_of(name: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}: expected one of {known}")
 
 
-def lengths(value: object, like: Tensor) -> Tensor:
-    """The lengths argument: an int32 or int64 tensor [B] beside `like` [B, ...]. Its values: `lengths_within`."""
-    value = tensor("lengths", value, 1, (torch.int32, torch.int64), like)
-    if value.shape[0] != like.shape[0]:
-        raise ValueError(f"lengths has shape {tuple(value.shape)}: expected ({like.shape[0]},), one per request")
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}: expected a bool")
+
+
+def counts(name: str, value: object, B: int, H: int, like: Tensor) -> Tensor:
+    """An int32 or int64 tensor [B], one per request, or [B, H], one per request and KV head."""
+    ndim = 2 if isinstance(value, Tensor) and value.ndim == 2 else 1
+    value = tensor(name, value, ndim, (torch.int32, torch.int64), like)
+    if value.shape != (B, H)[:ndim]:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected ({B},), one per request, or ({B}, {H})")
     return value.contiguous()
 
 
-def queries(value: object, keys: Tensor, W: int | None = None) -> Tensor:
-    """Queries [B, Hq, W, D] beside keys [B, H, S, D]: the last W of the sequence, for whole GQA groups."""
+def lengths(value: object, B: int, H: int, like: Tensor) -> Tensor:
+    """The lengths argument: `counts`. Its values: `lengths_within`."""
+    return counts("lengths", value, B, H, like)
+
+
+def block_tables(value: object, H: int, like: Tensor) -> Tensor:
+    """int32 [B, columns], or [B, heads, columns] beside a cache that then has one KV head (H)."""
+    ndim = 3 if isinstance(value, Tensor) and value.ndim == 3 else 2
+    value = tensor("block_tables", value, ndim, (torch.int32,), like)
+    if ndim == 3 and H != 1:
+        raise ValueError(
+            f"block_tables has shape {tuple(value.shape)}, a table per head: expected a cache [num_blocks, block_size, "
+            f"1, head_dim], not one of {H} heads"
+        )
+    return small(value)
+
+
+def small(value: Tensor) -> Tensor:
+    """Indices, tables, weights: what kernels read as contiguous rows, and what costs little to copy."""
+    return value if value.stride(-1) == 1 or value.shape[-1] == 1 else value.contiguous()
+
+
+def queries(value: object, shape: tuple[int, int, int, int], keys: Tensor, W: int | None = None) -> Tensor:
+    """Queries [B, Hq, W, D] beside keys of shape (B, H, S, D): the last W of the sequence, for whole GQA groups."""
     value = tensor("queries", value, 4, FLOAT_DTYPES, keys)
     contiguous_rows("queries", value)
-    B, H, S, D = keys.shape
+    B, H, S, D = shape
     if value.shape[0] != B or value.shape[3] != D:
         raise ValueError(f"queries has shape {tuple(value.shape)}: expected ({B}, query heads, W, {D}), as keys have")
     if value.shape[1] % H:
@@ -95,11 +124,13 @@ def number(name: str, value: object) -> float:
     return float(value)
 
 
-def integer(name: str, value: object, least: int) -> None:
+def integer(name: str, value: object, least: int, most: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} is {value!r}: expected an int")
     if value < least:
         raise ValueError(f"{name} is {value}: expected at least {least}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} is {value}: expected at most {most}")
 
 
 def scores(value: object, name: str = "scores") -> Tensor:
@@ -108,19 +139,24 @@ def scores(value: object, name: str = "scores") -> Tensor:
     return value
 
 
-def like_scores(name: str, value: object, dtype: torch.dtype, keys: Tensor) -> Tensor:
-    """A tensor [B, H, S] of `dtype` beside keys [B, H, S, D], rows contiguous."""
+def like_scores(name: str, value: object, dtype: torch.dtype, shape: tuple[int, ...], keys: Tensor) -> Tensor:
+    """A tensor [B, H, S] of `dtype` beside keys of shape (B, H, S, D), rows contiguous."""
     value = tensor(name, value, 3, (dtype,), keys)
     contiguous_rows(name, value)
-    if value.shape != keys.shape[:3]:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {tuple(keys.shape[:3])}, one per cached key")
+    if value.shape != shape[:3]:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {tuple(shape[:3])}, one per cached key")
     return value
 
 
-@torch.compiler.assume_constant_result
-def keep_fraction(keep: float) -> tuple[int, int]:
-    """A float keep as the decimal that it was written as: 0.145 is 29/200, not 0.14499999999999999."""
-    return Fraction(keep).limit_denominator(1_000_000).as_integer_ratio()
+WHOLE = 10**12
+
+
+def share(keep: float) -> int:
+    """A float from 0 to 1 in units of 10⁻¹²: the decimal that it was written as, 0.145 and not 0.14499999999999999.
+
+    In int64 that leaves room for 4.6 million tokens. Arithmetic alone, so that torch.compile can trace it.
+    """
+    return int(keep * WHOLE + 0.5)
 
 
 def kept_tokens(keep: int | float, S: int, sink: int, recent: int) -> int:
@@ -130,10 +166,9 @@ def kept_tokens(keep: int | float, S: int, sink: int, recent: int) -> int:
     if isinstance(keep, bool) or not isinstance(keep, (int, float, torch.SymInt)):
         raise TypeError(f"keep is {keep!r}: expected an int (tokens) or a float in (0, 1] (share)")
     if isinstance(keep, float):
-        if math.isnan(keep) or not 0.0 < keep <= 1.0:
+        if not 0.0 < keep <= 1.0:  # NaN is refused, too
             raise ValueError(f"keep is {keep}: expected a float in (0, 1], or an int number of tokens")
-        p, q = keep_fraction(keep)
-        n = max((2 * p * S + q) // (2 * q), 1)
+        n = max((2 * share(keep) * S + WHOLE) // (2 * WHOLE), 1)
     else:
         if not 1 <= keep <= S:
             raise ValueError(f"keep is {keep}: expected an int from 1 to {S}, the number of tokens")
@@ -143,20 +178,32 @@ def kept_tokens(keep: int | float, S: int, sink: int, recent: int) -> int:
     return n
 
 
-def kept_lengths(keep: int | float, lengths: Tensor) -> Tensor:
-    """[B] int64: `kept_tokens` of each request's own length. Integers only, so every device rounds alike."""
+def kept_lengths(keep: int | float | Tensor, lengths: Tensor) -> Tensor:
+    """int64 like `lengths` [B] or [B, H]: `kept_tokens` of each row's own length, or the caller's count of them. A row
+    keeps no more than it has. Integers only, so every device rounds alike."""
     lengths = lengths.long()
     if isinstance(keep, float):
-        p, q = keep_fraction(keep)
-        return ((lengths * (2 * p) + q) // (2 * q)).clamp(min=1)
+        kept = (lengths * (2 * share(keep)) + WHOLE) // (2 * WHOLE)
+        return torch.minimum(kept.clamp(min=1), lengths)
+    if isinstance(keep, Tensor):
+        return torch.minimum(keep.long(), lengths if lengths.ndim == keep.ndim else lengths[:, None])
     return lengths.clamp(max=keep)
 
 
-def no_internal_overlap(name: str, value: Tensor) -> None:
-    """Writing needs every element at an address of its own. An expanded dimension has stride 0.
+def written_apart(tensors: dict[str, Tensor]) -> None:
+    """What a call writes in place: every element at an address of its own, and no byte in two of the tensors.
 
-    Runs inside the op: torch.compile cannot sort symbolic strides.
+    Needs addresses, so it runs inside an op, not while torch.compile traces.
     """
+    for name, value in tensors.items():
+        no_internal_overlap(name, value)
+    for i, one in enumerate(names := list(tensors)):
+        for other in names[i + 1 :]:
+            _no_mutual_overlap(one, tensors[one], other, tensors[other])
+
+
+def no_internal_overlap(name: str, value: Tensor) -> None:
+    """Writing needs every element at an address of its own. An expanded dimension has stride 0."""
     reach = 0
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
         if size > 1:
@@ -168,28 +215,26 @@ def no_internal_overlap(name: str, value: Tensor) -> None:
             reach += stride * (size - 1)
 
 
-def no_mutual_overlap(keys: Tensor, values: Tensor) -> None:
-    """Keys and values may lie in one allocation, side by side or interleaved, but no byte may be in both.
-
-    Needs addresses, so it runs inside the op, not while torch.compile traces.
-    """
-    size = keys.element_size()
-    apart = values.data_ptr() - keys.data_ptr()
-    if apart >= _extent(keys) or -apart >= _extent(values):
+def _no_mutual_overlap(name: str, rows: Tensor, other_name: str, other: Tensor) -> None:
+    """Rows [B, H, S, width] may lie in one allocation, side by side or interleaved, but no byte may be in both."""
+    apart = other.data_ptr() - rows.data_ptr()
+    if apart >= _extent(rows) or -apart >= _extent(other):
         return
-    if keys.stride()[:3] == values.stride()[:3] and apart % size == 0:
-        # Interleaved: the distance between a row of values and one of keys is `apart` plus some steps along each
+    strides, other_strides = ([x.element_size() * s for s in x.stride()[:3]] for x in (rows, other))
+    if strides == other_strides:
+        # Interleaved: the distance between a row of one and one of the other is `apart` plus some steps along each
         # stride. As neither overlaps itself, only the two step counts around an exact hit can bring rows together.
-        distances = {apart // size}
-        for stride, count in sorted(zip(keys.stride()[:3], keys.shape[:3], strict=True), reverse=True):
+        distances = {apart}
+        for stride, count in sorted(zip(strides, rows.shape[:3], strict=True), reverse=True):
             if count > 1:
                 steps = {d: (d // stride, d // stride + 1) for d in distances}
                 distances = {d - max(1 - count, min(s, count - 1)) * stride for d, pair in steps.items() for s in pair}
-        if all(d >= keys.shape[3] or -d >= values.shape[3] for d in distances):
+        width, other_width = (x.element_size() * x.shape[3] for x in (rows, other))
+        if all(d >= width or -d >= other_width for d in distances):
             return
     raise ValueError(
-        f"values shares memory with keys (their first elements are {apart} bytes apart): expected separate memory, "
-        "because the call writes in place"
+        f"{other_name} shares memory with {name} (their first elements are {apart} bytes apart): expected separate "
+        "memory, because the call writes in place"
     )
 
 
@@ -198,30 +243,45 @@ def _extent(value: Tensor) -> int:
     return value.element_size() * (1 + sum(s * (n - 1) for s, n in zip(value.stride(), value.shape, strict=True)))
 
 
-def lengths_within(lengths: Tensor | None, S: int) -> None:
-    if lengths is not None:
-        require(((lengths >= 1) & (lengths <= S)).all(), "lengths", lengths, f"values from 1 to {S}")
+def rows_in_range(ok: Tensor, lengths: Tensor, S: int, table: Tensor | None, blocks: int, block_size: int) -> None:
+    """`require` ok [1]; on the CPU the error names what is out of range."""
+    if ok.device.type == "cpu" and not ok:
+        least = 1 if lengths.ndim == 1 else 0  # a request has a token, one of its heads may have none left
+        require(((lengths >= least) & (lengths <= S)).all(), "lengths", lengths, f"values from {least} to {S}")
+        assert table is not None
+        expected = f"blocks from 0 to {blocks - 1} wherever a request has tokens"
+        raise ValueError(f"block_tables is {table.tolist() if table.numel() <= 64 else table}: expected {expected}")
+    require(ok[0], "lengths or block_tables", lengths, f"lengths up to {S}, blocks from 0 to {blocks - 1}")
 
 
-def blocks_valid(table: Tensor, lengths: Tensor, cache: Tensor, written: bool) -> None:
-    """Every block that holds a token is one of the cache [blocks, H, block_size, D]; written: and of one request."""
-    blocks, _, block_size, _ = cache.shape
-    used = torch.arange(table.shape[1], device=table.device) * block_size < lengths[:, None]
-    inside = ((table >= 0) & (table < blocks)) | ~used
-    require(inside.all(), "block_tables", table, f"blocks from 0 to {blocks - 1} wherever a request has tokens")
-    if written:
-        # Unused entries become numbers that occur once.
-        apart = torch.arange(blocks, blocks + table.numel(), device=table.device).view(table.shape)
-        order = torch.where(used, table, apart).flatten().sort().values
-        expected = "no block twice: shared blocks (prefix caching) are not written; copy them first"
-        require((order[1:] != order[:-1]).all(), "block_tables", table, expected)
+def counts_positive(keep: Tensor | None, lengths: Tensor | None) -> None:
+    """A caller's counts, keep [B, H], are at least 1, or 0 for a head without a token."""
+    if keep is None or keep.ndim == 1:
+        return
+    least = 1 if lengths is None else (lengths if lengths.ndim == 2 else lengths[:, None]).clamp(max=1)
+    require((keep >= least).all(), "keep", keep, "counts of at least 1, or 0 for a head without a token")
 
 
-def indices_ascend(indices: Tensor, S: int) -> None:
+def blocks_apart(table: Tensor, lengths: Tensor, blocks: int, block_size: int) -> None:
+    """No block that holds a token is in the table twice."""
+    lengths = lengths.view(*lengths.shape, *(1,) * (table.ndim - lengths.ndim))
+    used = torch.arange(table.shape[-1], device=table.device) * block_size < lengths
+    # Unused entries become numbers that occur once.
+    apart = torch.arange(blocks, blocks + table.numel(), device=table.device).view(table.shape)
+    order = torch.where(used, table, apart).flatten().sort().values
+    expected = "no block twice: shared blocks (prefix caching) are not written; copy them first"
+    require((order[1:] != order[:-1]).all(), "block_tables", table, expected)
+
+
+def indices_ascend(indices: Tensor, ends: Tensor | int) -> None:
+    """Rows [B, H, n] ascend strictly below `ends`, S or the tokens of each request [B] or row [B, H]; -1 comes last."""
     first, then = indices[..., :-1], indices[..., 1:]
     in_order = ((then == -1) | ((then > first) & (first >= 0))).all()
-    in_range = ((indices >= -1) & (indices < S)).all()
-    expected = f"every row to ascend strictly within 0 to {S - 1}, with -1 only as padding at its end"
+    most = f"{ends - 1}" if isinstance(ends, int) else "its own last token"
+    if isinstance(ends, Tensor):
+        ends = ends.view(*ends.shape, *(1,) * (3 - ends.ndim))
+    in_range = ((indices >= -1) & (indices < ends)).all()
+    expected = f"every row to ascend strictly within 0 to {most}, with -1 only as padding at its end"
     require(in_order & in_range, "indices", indices, expected)
 
 

@@ -1,119 +1,45 @@
-"""Compile exactly what the launchers would launch, for a GPU that is not there, and read the machine code.
+"""Compile exactly what the launchers would launch, for a GPU that is not there, and look at the machine code.
 
-    python tests/compile_only.py sm_90            # one JSON line per compiled kernel
+    python tests/compile_only.py sm_90 [--cross | --one]    # one JSON line per compiled kernel
     python tests/compile_only.py sm_90 --lengths [--paged]  # variants compiled for lengths 1 to 4096
 
 Runs in a process of its own: it replaces Triton's driver, and TRITON_INTERPRET must not be set.
 """
 
 import json
-import os
-import pathlib
 import re
-import subprocess
 import sys
-import tempfile
-
-assert os.environ.get("TRITON_INTERPRET") != "1", "the interpreter compiles nothing"
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+from bench.machine_code import TARGETS, compile_only, summary
 
 
-class CompileOnlyDriver(DriverBase):
-    def __init__(self, target):
-        self.target = target
+def waits_for_reads(assembly: str, waves: int) -> bool:
+    """Whether in AMD's code all waves of a program have read their rows when it releases its flag.
 
-    @classmethod
-    def is_active(cls):
-        return True
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-    def get_device_interface(self):
-        return torch.cpu
-
-    def get_benchmarker(self):
-        raise RuntimeError("nothing runs here")
-
-    def map_python_to_cpp_type(self, ty):
-        return ""
-
-    def get_empty_cache_for_benchmark(self):
-        raise RuntimeError("nothing runs here")
-
-    def clear_cache(self, cache):
-        pass
+    A barrier makes waves meet, but does not wait for their loads: each has to do so itself before it, and the wave that
+    releases waits only for its own.
+    """
+    lines = [line.split("//")[0].strip() for line in assembly.splitlines()]
+    release = max(i for i, line in enumerate(lines) if line.startswith("buffer_wbl2"))
+    last_read = max(i for i, line in enumerate(lines[:release]) if re.match(r"(global|buffer|flat)_load", line))
+    if waves == 1:
+        met = next(i for i in range(release, len(lines)) if re.match(r"(global|flat)_(atomic|store)", lines[i]))
+    else:
+        met = max((i for i, line in enumerate(lines[:release]) if line == "s_barrier"), default=last_read)
+    return any(re.match(r"s_waitcnt.*vmcnt\(0\)", line) for line in lines[last_read:met])
 
 
-def compile_only(target: GPUTarget, on_compiled) -> None:
-    """From now on every launch compiles and calls on_compiled(kernel name, compiled kernel) instead of running."""
-    run = JITFunction.run
-
-    def warm_up(self, *args, grid, warmup, **options):
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        on_compiled(self.__name__, kernel)
-        return kernel
-
-    JITFunction.run = warm_up
-    driver.set_active(CompileOnlyDriver(target))
+def cache(S: int, D: int, dtype: torch.dtype, offset: int = 0, B: int = 2, H: int = 4):
+    """K and V; their rows begin `offset` elements into wider ones."""
+    return tuple(torch.empty(B, H, S, D + offset, dtype=dtype)[..., offset:] for _ in range(2))
 
 
-def machine_code(kernel) -> dict:
-    """Registers, spills and the widths of global accesses (NVIDIA); AMD's assembly only says that it compiled."""
-    if "cubin" not in kernel.asm:
-        return {"compiled": "amdgcn" in kernel.asm}
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-
-        def dump(what):
-            return subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
-
-        usage, sass = dump("--dump-resource-usage"), dump("-sass")
-    return {
-        "compiled": True,
-        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
-        "shared": kernel.metadata.shared,
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "loads_128": len(re.findall(r"\bLDG\.E[A-Z0-9.]*\.128", sass)),
-        "copies_128": len(re.findall(r"\bLDGSTS\.E[A-Z0-9.]*\.128", sass)),
-        "loads": len(re.findall(r"\bLDG\b", sass)),
-        "stores_128": len(re.findall(r"\bSTG\.E[A-Z0-9.]*\.128", sass)),
-        "stores": len(re.findall(r"\bSTG\b", sass)),
-    }
-
-
-def cache(S: int, D: int, dtype: torch.dtype, B: int = 2, H: int = 4):
-    return torch.empty(B, H, S, D, dtype=dtype), torch.empty(B, H, S, D, dtype=dtype)
-
-
-def launch_scores(S, D, dtype):
+def launch_scores(S, D, dtype, offset=0):
     from kvevict.backends import triton as backend
 
-    keys, _ = cache(S, D, dtype)
+    keys, _ = cache(S, D, dtype, offset)
     out = torch.empty(keys.shape[:3])
     lengths = torch.full((2,), S, dtype=torch.int32)
     backend.keydiff_scores(keys, None, True, None, out)
@@ -136,23 +62,31 @@ def launch_select(S):
     backend.pool_scores(torch.empty(2, 4, S), 5, True, torch.empty(2, 4, S))
 
 
-def launch_moves(S, D, dtype):
+def launch_adaptive(S):
     from kvevict.backends import triton as backend
 
-    keys, values = cache(S, D, dtype)
+    backend.topk_adaptive(
+        torch.empty(2, 4, S), S // 2, None, (1, 5), 1, 1, None, torch.empty(2, 4, S, dtype=torch.int64)
+    )
+
+
+def launch_moves(S, D, dtype, offset=0):
+    from kvevict.backends import triton as backend
+
+    keys, values = cache(S, D, dtype, offset)
     n = max(S // 2, 1)
     slots = torch.empty(2, 4, n, dtype=torch.int64)
     backend.fill_holes(slots, torch.empty_like(slots))
     backend.move_rows(keys, values, slots, True)
     backend.move_rows(keys, values, slots, False)
-    backend.copy_rows(keys, values, slots, *cache(n, D, dtype))
+    backend.copy_rows(keys, values, slots, *cache(n, D, dtype, offset))
 
 
-def launch_attention(S, D, dtype):
+def launch_attention(S, D, dtype, offset=0):
     """The whole prompt, a short window and a decode step, with a group of 4."""
     from kvevict.backends import triton as backend
 
-    keys, values = cache(S, D, dtype)
+    keys, values = cache(S, D, dtype, offset)
     out = torch.empty(2, 4, S)
     for W in {S, 1}:
         queries, lse = torch.empty(2, 16, W, D, dtype=dtype), torch.empty(2, 16, W)
@@ -191,36 +125,53 @@ def launch_mlp(S, M, dtype):
     backend.mlp_scores(hidden, w1, b1, b1, b1[:1], torch.empty(2, S))
 
 
-def matrix(target: str) -> None:
+def at(*dims, dtype=torch.bfloat16, offset=0):
+    """Cases of one dtype: what a launch_ function takes after S."""
+    return [(D, dtype, offset) for D in dims]
+
+
+# Every head_dim with every dtype of rows; a cross of what differs in code, the plainest first.
+ROWS = [
+    *(case for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+      for case in at(64, 80, 128, 256, dtype=dtype)),
+    *at(72, 120), *at(128, offset=8), *at(128, dtype=torch.float8_e4m3fn, offset=16),
+]  # fmt: skip
+ROWS_CROSS = [*at(128, 120), *at(128, offset=8), *at(80, dtype=torch.float8_e4m3fn)]
+TILES = [
+    *at(64, 80, 128, 256, 576), *at(128, dtype=torch.float8_e4m3fn), *at(128, dtype=torch.float32), *at(72, 120),
+    *at(128, offset=8),
+]  # fmt: skip
+TILES_CROSS = at(128, 120, 576)
+
+
+def matrix(target: str, rows, tiles, paged) -> None:
     case: dict = {}
 
-    def report(name, kernel):
-        print(json.dumps({"kernel": name, **case, **machine_code(kernel)}), flush=True)
+    def report(launch):
+        found = summary(launch.compiled)
+        if launch.kernel == "move_rows_kernel" and "amdgcn" in launch.compiled.asm and launch.arguments["ORDERED"]:
+            if launch.arguments["IN_PLACE"]:
+                found["waits_for_reads"] = waits_for_reads(launch.compiled.asm["amdgcn"], launch.warps)
+        print(json.dumps({"kernel": launch.kernel, **case, **found}), flush=True)
 
     compile_only(TARGETS[target], report)
-    for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
-        for D in (64, 80, 128, 256):
-            case.update(D=D, dtype=str(dtype).removeprefix("torch."))
-            launch_scores(4096, D, dtype)
-            launch_moves(4096, D, dtype)
-    for D, dtype in (
-        (64, torch.bfloat16), (80, torch.bfloat16), (128, torch.bfloat16), (256, torch.bfloat16),
-        (576, torch.bfloat16), (128, torch.float8_e4m3fn), (128, torch.float32),
-    ):  # fmt: skip
-        case.update(D=D, dtype=str(dtype).removeprefix("torch."))
-        launch_attention(4096, D, dtype)
-    for D, dtype in ((128, torch.bfloat16), (576, torch.bfloat16)):
-        case.update(D=D, dtype=str(dtype).removeprefix("torch."), paged=True)
-        launch_paged(4096, D, dtype)
+    for launch_one, cases in ((launch_scores, rows), (launch_moves, rows), (launch_attention, tiles)):
+        for D, dtype, offset in cases:
+            case.update(D=D, dtype=str(dtype).removeprefix("torch."), offset=offset)
+            launch_one(4096, D, dtype, offset)
+    for D in paged:
+        case.update(D=D, dtype="bfloat16", offset=0, paged=True)
+        launch_paged(4096, D, torch.bfloat16)
     case.clear()
     launch_mlp(4096, 576, torch.bfloat16)
     launch_select(4096)
     launch_select(131072)
+    launch_adaptive(4096)
 
 
 def variants(target: str) -> None:
     compiled: dict[str, set] = {}
-    compile_only(TARGETS[target], lambda name, kernel: compiled.setdefault(name, set()).add(kernel.hash))
+    compile_only(TARGETS[target], lambda launch: compiled.setdefault(launch.kernel, set()).add(launch.compiled.hash))
     paged = "--paged" in sys.argv
     every = [*range(1, 70), *range(70, 4097, 61), 96, 128, 256, 512, 1000, 1024, 2048, 4000, 4096]
     for S in every:
@@ -236,4 +187,11 @@ def variants(target: str) -> None:
 
 
 if __name__ == "__main__":
-    (variants if "--lengths" in sys.argv else matrix)(sys.argv[1])
+    if "--lengths" in sys.argv:
+        variants(sys.argv[1])
+    elif "--cross" in sys.argv:
+        matrix(sys.argv[1], ROWS_CROSS, TILES_CROSS, [128])
+    elif "--one" in sys.argv:
+        matrix(sys.argv[1], ROWS_CROSS[:1], TILES_CROSS[:1], [128])
+    else:
+        matrix(sys.argv[1], ROWS, TILES, [128, 576])

@@ -135,8 +135,80 @@ def test_200_steps(backend):
     torch.testing.assert_close(mass.double(), expected_mass, rtol=1e-5, atol=1e-7)
 
 
+def chunk(q, k, v, lengths):
+    """(out, LSE, weights averaged over the group [B, H, W, S]) of the last W queries in float64, row by row."""
+    (B, HQ, W, D), (H, S), G = q.shape, k.shape[1:3], q.shape[1] // k.shape[1]
+    q, k, v = (x.to(torch.float32).double() for x in (q, k, v))
+    out = torch.zeros(B, HQ, W, v.shape[3], dtype=torch.float64, device=q.device)
+    lse = torch.full((B, HQ, W), float("-inf"), dtype=torch.float64, device=q.device)
+    weights = torch.zeros(B, H, W, S, dtype=torch.float64, device=q.device)
+    for b in range(B):
+        for head in range(HQ):
+            h, length = head // G, lengths[b][head // G]
+            for w in range(min(W, length)):
+                seen = max(length - W, 0) + w + 1
+                logits = k[b, h, :seen] @ q[b, head, w] / D**0.5
+                lse[b, head, w] = logits.logsumexp(0)
+                weight = (logits - lse[b, head, w]).exp()
+                out[b, head, w] = weight @ v[b, h, :seen]
+                weights[b, h, w, :seen] += weight / G
+    return out, lse, weights
+
+
+@pytest.mark.parametrize("lengths", [[[70, 70], [70, 70]], [[70, 70], [4, 4]], [[70, 0], [9, 33]]], ids=str)
+@pytest.mark.parametrize("W", [1, 2, 5, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+def test_a_chunk_of_queries_is_causal_among_itself(W, lengths, dtype):
+    shape = (2, 2, 70, 16, 24)
+    keys, values = cache(shape, dtype)
+    q = cache((2, 6, W, 16, 16), dtype, "BSHD", seed=5)[0]
+    given = torch.tensor(lengths, device=DEVICE)
+    for b, row in enumerate(lengths):
+        for h, length in enumerate(row):
+            keys[b, h, length:], values[b, h, length:] = float("nan"), float("nan")
+    if all(row[0] == row[1] for row in lengths):
+        given = None if lengths == [[70, 70], [70, 70]] else given[:, 0]
+    expected, lse, weights = chunk(q, keys.nan_to_num(), values.nan_to_num(), lengths)
+    resolution = 1e-6 if dtype == torch.float32 else 8e-3
+
+    def run():
+        mass = torch.full(keys.shape[:3], 2.0, device=DEVICE)
+        used = torch.full(keys.shape[:3], -1, dtype=torch.int32, device=DEVICE)
+        out = kvevict.decode_attention(q, keys, values, lengths=given, mass=mass, decay=0.5, last_used=used, step=7,
+                                       threshold=0.1, return_lse=True)  # fmt: skip
+        return *out, mass, used
+
+    inside = torch.arange(70, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[..., None]
+    for out, found, mass, used in both(run):
+        torch.testing.assert_close(out.double(), expected, rtol=2 * resolution, atol=2 * resolution)
+        torch.testing.assert_close(found.double(), lse, rtol=1e-5, atol=1e-5)
+        drawn = torch.where(inside, 1 + weights.sum(2), 2.0)
+        torch.testing.assert_close(mass.double(), drawn, rtol=1e-5, atol=0)
+        most = weights.amax(2)
+        clear = ((most - 0.1).abs() > 1e-5) & inside
+        assert torch.equal((used == 7)[clear], (most >= 0.1)[clear]) and (used[~inside] == -1).all()
+
+
+def test_parts_of_a_cache_add_up_under_the_lse_of_all():
+    keys, values = cache((1, 2, 600, 16, 16))
+    q = query((1, 2, 600, 16, 16), 2, torch.float32)
+    for backend in ("reference", "triton"):
+        with kvevict.backend(backend):
+            whole, lse = kvevict.decode_attention(q, keys, values, return_lse=True)
+            lse = lse.transpose(0, 1).contiguous().transpose(0, 1)
+            mass = torch.zeros(1, 2, 600, device=DEVICE)
+            parts = [
+                kvevict.decode_attention(q, keys[:, :, run], values[:, :, run], lse=lse, mass=mass[:, :, run])
+                for run in (slice(0, 350), slice(350, 600))
+            ]
+            torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(mass.sum(-1), torch.ones(1, 2, device=DEVICE), rtol=1e-5, atol=0)
+
+
 BAD = {
-    "queries two": dict(queries=torch.randn(1, 2, 2, 16)),
+    "queries too many": dict(queries=torch.randn(1, 2, 11, 16)),
+    "lse shape": dict(lse=torch.randn(1, 2, 2)),
+    "return_lse text": dict(return_lse="yes"),
     "mass shape": dict(mass=torch.zeros(1, 2, 9)),
     "mass dtype": dict(mass=torch.zeros(1, 2, 10).half()),
     "mass shares memory": dict(mass=torch.zeros(1, 1, 10).expand(1, 2, 10)),
@@ -192,3 +264,22 @@ def test_cuda_graph():
     mass.zero_(), out.zero_()
     graph.replay()
     assert torch.equal(out, expected) and torch.equal(mass, once)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_mass_and_last_used_may_lie_differently(backend):
+    """A mass that is a slice of a larger buffer, beside a last_used that is not, and the other way round."""
+    keys, values = cache((2, 2, 20, 16, 16))
+    q = query((2, 2, 20, 16, 16), 2, torch.float32)
+    results = []
+    for wide_mass, wide_used in ((False, False), (True, False), (False, True)):
+        mass = torch.zeros(2, 2, 50 if wide_mass else 20, device=DEVICE)
+        used = torch.full((2, 2, 70 if wide_used else 20), -1, dtype=torch.int32, device=DEVICE)
+        with kvevict.backend(backend):
+            kvevict.decode_attention(
+                q, keys, values, mass=mass[..., :20], last_used=used[..., :20], step=7, threshold=0.05
+            )
+        assert (mass[..., 20:] == 0).all() and (used[..., 20:] == -1).all()
+        results.append((mass[..., :20], used[..., :20]))
+    assert (results[0][1] == 7).any() and (results[0][1] == -1).any()
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))

@@ -12,6 +12,7 @@ from cases import assert_same, both, cache, copy_of, name
 from conftest import DEVICE, HAS_GPU
 
 import kvevict
+from bench.traffic import counted
 from kvevict import validate
 from kvevict.ops import keydiff_compact
 
@@ -55,6 +56,7 @@ BAD = {
     "keys grad": dict(keys=torch.randn(1, 2, 10, 16, requires_grad=True)),
     "keys strides": dict(keys=NOT_CONTIGUOUS.expand(1, 2, 16, 10), values=torch.randn(1, 2, 16, 10)),
     "keys expanded": dict(keys=torch.randn(1, 1, 10, 16).expand(1, 2, 10, 16)),
+    "values expanded": dict(values=torch.randn(1, 1, 10, 16).expand(1, 2, 10, 16)),
     "values shape": dict(values=torch.randn(1, 2, 9, 16)),
     "values dtype": dict(values=torch.randn(1, 2, 10, 16).half()),
     "values device": dict(values=torch.empty(1, 2, 10, 16, device="meta")),
@@ -89,8 +91,8 @@ def test_bad_input_is_named_and_nothing_is_written(case, backend):
         move = {k: v.to(DEVICE) for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.device.type == "cpu"}
         if case == "keys grad":
             move["keys"] = move["keys"].detach().requires_grad_()
-        if case == "keys expanded":
-            move["keys"] = torch.randn(1, 1, 10, 16, device=DEVICE).expand(1, 2, 10, 16)
+        if case in ("keys expanded", "values expanded"):
+            move[case.split()[0]] = torch.randn(1, 1, 10, 16, device=DEVICE).expand(1, 2, 10, 16)
         arguments |= move
     writable = [t for t in (arguments["keys"], arguments["values"]) if isinstance(t, torch.Tensor) and not t.is_meta]
     before = [t.detach().clone() for t in writable]
@@ -108,6 +110,93 @@ def test_indices_must_ascend_within_the_row(row):
         with pytest.raises(ValueError, match="indices"):
             kvevict.compact(keys, values, torch.tensor([[row]]), **options)
     assert torch.equal(keys, before)
+
+
+def strided(x, dim=0):
+    """The same values in memory of another order: no stride is 1 but by chance."""
+    wide = torch.empty(*x.shape, 3, dtype=x.dtype, device=x.device)
+    wide[..., 1] = x
+    return wide[..., 1]
+
+
+def test_small_arguments_may_have_any_strides():
+    keys, values = cache((2, 3, 30, 16, 8))
+    indices = torch.stack([torch.randperm(30)[:12].sort()[0] for _ in range(6)]).view(2, 3, 12).to(DEVICE)
+    for options in (dict(), dict(inplace=False), dict(preserve_order=False)):
+        for expected, got in (
+            both(lambda i=i, o=options: kvevict.compact(copy_of(keys), copy_of(values), i, **o))
+            for i in (indices, strided(indices), indices.permute(2, 0, 1).contiguous().permute(1, 2, 0))
+        ):
+            assert_same(got, expected)
+            if options.get("preserve_order", True):
+                assert torch.equal(expected.keys, keys.gather(2, indices[..., None].expand(-1, -1, -1, 16)))
+    hidden, w1, b1, w2, b2 = (torch.randn(*shape, device=DEVICE) for shape in ((2, 9, 16), (8, 16), (8,), (8,), (1,)))
+    expected = torch.sigmoid(torch.relu(hidden @ w1.T + b1) @ w2 + b2)
+    for got in both(lambda: kvevict.mlp_scores(hidden, strided(w1), strided(b1), strided(w2), strided(b2))):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    lengths = torch.tensor([30, 7], device=DEVICE)
+    expected, got = both(lambda: kvevict.keydiff_scores(keys, lengths=strided(lengths)))
+    torch.testing.assert_close(got, expected)
+    assert (expected[1, :, 7:] == float("-inf")).all() and expected[1, :, :7].isfinite().all()
+
+
+def test_flags_and_sizes_are_checked():
+    keys, values = cache((1, 2, 10, 16, 16))
+    queries, scores = torch.randn(1, 4, 1, 16, device=DEVICE), torch.randn(1, 2, 10, device=DEVICE)
+    used = torch.zeros(1, 2, 10, dtype=torch.int32, device=DEVICE)
+    for call, message in (
+        (lambda: keydiff_compact(keys, values, keep=4, inplace="no"), "inplace is 'no'"),
+        (lambda: keydiff_compact(keys, values, keep=4, preserve_order=1), "preserve_order is 1"),
+        (lambda: kvevict.attention_mass(queries, keys, causal="x"), "causal is 'x'"),
+        (lambda: kvevict.attention_lse(queries, keys, causal=None), "causal is None"),
+        (lambda: kvevict.pool_scores(scores, 2**40 + 1), "kernel_size is 1099511627777"),
+        (lambda: kvevict.key_norm_scores(torch.nested.nested_tensor([keys[0], keys[0]])), "keys is a nested"),
+        (lambda: kvevict.decode_attention(queries, keys, values, last_used=used, step=2**31), "step is 2147483648"),
+        (
+            lambda: kvevict.topk_indices(scores, 3, heads="shared", lengths=torch.full((1, 2), 5, device=DEVICE)),
+            "heads is 'shared'",
+        ),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+
+
+def test_lengths_are_checked_once_per_version():
+    scores, lengths = torch.randn(2, 2, 9, device=DEVICE), torch.tensor([9, 4], device=DEVICE)
+    with kvevict.backend("triton"), counted() as first:
+        kvevict.evict_slots(scores, lengths=lengths)
+    with kvevict.backend("triton"), counted() as second:
+        kvevict.evict_slots(scores, lengths=lengths)
+    assert (first.launches, second.launches) == (2, 1)
+    for change in (lambda x: x.fill_(10), lambda x: x.fill_(0), lambda x: torch.full_like(x, 10)):
+        lengths = torch.tensor([9, 4], device=DEVICE)
+        kvevict.evict_slots(scores, lengths=lengths)
+        lengths = change(lengths)
+        with pytest.raises(ValueError, match="lengths"):
+            kvevict.evict_slots(scores, lengths=lengths)
+    with torch.inference_mode():  # tensors without a version are checked every time
+        lengths = torch.tensor([9, 4], device=DEVICE)
+        kvevict.evict_slots(scores, lengths=lengths)
+        lengths.fill_(10)
+        with pytest.raises(ValueError, match="lengths"):
+            kvevict.evict_slots(scores, lengths=lengths)
+
+
+def test_autocast_changes_nothing():
+    keys, queries = cache((1, 2, 50, 32, 32))[0], torch.randn(1, 4, 20, 32, device=DEVICE)
+    with kvevict.backend("reference"):
+        expected = kvevict.attention_mass(queries, keys)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            assert torch.equal(kvevict.attention_mass(queries, keys), expected)
+
+
+def test_another_share_compiles_whole():
+    """A second float makes torch.compile treat the argument as symbolic."""
+    scores = torch.randn(1, 2, 40, device=DEVICE)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda s, keep: kvevict.topk_indices(s, keep), fullgraph=True, backend="aot_eager")
+    for keep, n in ((0.5, 20), (0.25, 10), (0.1, 4)):
+        assert compiled(scores, keep).shape[2] == n
 
 
 def test_memory_of_keys_and_values_must_be_apart():
@@ -168,9 +257,14 @@ def test_opcheck():
     calls = [
         (ops.keydiff_scores.default, (keys, None, True, lengths, torch.zeros(2, 2, 20, device=DEVICE))),
         (ops.topk_indices.default, (scores, None, 1, 2, False, None, False, torch.zeros_like(indices))),
-        (ops.fill_holes.default, (indices, 20, False, torch.zeros_like(indices))),
-        (ops.move_rows.default, (keys, values, indices, True, False)),
-        (ops.move_rows.default, (*pages, indices, True, False, table, lengths, True)),
+        (
+            ops.topk_adaptive.default,
+            (scores, 10, None, 1, 5, 1, 2, None, False, torch.zeros(2, 2, 20).long().to(DEVICE)),
+        ),
+        (ops.topk_move.default, (scores, None, 1, 2, False, None, torch.zeros_like(indices), keys, values)),
+        (ops.move_rows.default, (keys, values, indices, None, False)),
+        (ops.move_rows.default, (keys, values, indices, torch.zeros_like(indices), False)),
+        (ops.move_rows.default, (*pages, indices[:, :, :3], None, False, table, lengths, True)),
         (ops.keydiff_scores.default, (pages[0], None, True, lengths, torch.zeros(2, 2, 20, device=DEVICE), table)),
         (ops.key_norm_scores.default, (keys, lengths, torch.zeros(2, 2, 20, device=DEVICE))),
         (ops.attention_lse.default, (queries, keys, 0.25, True, lengths, torch.zeros(2, 4, 5, device=DEVICE))),
@@ -218,11 +312,18 @@ def test_opcheck():
         ),
         (ops.pool_scores.default, (scores, 5, True, torch.zeros_like(scores))),
         (ops.evict_slots.default, (scores, 1, 1, lengths, torch.zeros_like(indices)[:, :, :3].contiguous())),
-        (ops.copy_rows.default, (keys, values, indices, False, keys[:, :, :10].clone(), values[:, :, :10].clone())),
+        (
+            ops.copy_rows.default,
+            (keys, values, indices, None, False, keys[:, :, :10].clone(), values[:, :, :10].clone()),
+        ),
     ]
     from kvevict.backends import reference
 
-    assert {op.name().partition("::")[2].partition(".")[0] for op, _ in calls} == set(reference.__all__)
+    inside = {"check_rows", "fill_holes", "move_flags"}  # parts of other ops
+    assert {op.name().partition("::")[2].partition(".")[0] for op, _ in calls} == {
+        *reference.__all__,
+        "topk_move",  # two of them in one
+    } - inside
     with kvevict.backend("reference"):
         for op, arguments in calls:
             torch.library.opcheck(op, arguments)
@@ -273,6 +374,13 @@ def test_bf16_masses_of_ties_have_one_rule():
             for i in kept:
                 equal = (keys[0, h, :i] == keys[0, h, i]).all(-1).nonzero().flatten().tolist()
                 assert kept.issuperset(equal)  # every equal key before a kept one is kept
+
+
+def test_a_share_is_the_decimal_it_was_written_as():
+    assert validate.kept_tokens(0.5000004, 1_000_000, 0, 0) == 500_000
+    assert validate.kept_tokens(0.5000005, 1_000_000, 0, 0) == 500_001  # half up
+    assert validate.kept_lengths(0.5000005, torch.tensor([1_000_000, 1, 3])).tolist() == [500_001, 1, 2]
+    assert validate.kept_tokens(1e-300, 10, 0, 0) == 1
 
 
 def test_keep_is_not_lost_to_float_error():

@@ -185,6 +185,44 @@ def test_scales_move_with_their_rows(to):
         assert torch.equal(values.float() * moved[1][..., None], v)
 
 
+def test_indices_end_with_their_own_request_and_scales_are_checked_before_anything_moves():
+    paged = Paged(4, lengths=[10, 3])
+    blocks, size = paged.keys.shape[:2]
+    scales = torch.rand(2, blocks, size, H, device=DEVICE)
+    whole, short = torch.arange(3, device=DEVICE).expand(2, H, 3), torch.arange(2, device=DEVICE).expand(2, H, 2)
+    beyond, unlike = whole.clone(), whole.clone()
+    beyond[1, :, 2] = 3  # below S, but the request has tokens 0 to 2
+    unlike[0, 1, 2] = -1
+    before = paged.memory.clone()
+    for indices, options, message in (
+        (beyond, {}, "indices"),
+        (unlike, {}, "as many tokens in every KV head"),
+        (whole, dict(key_scales=scales[0], value_scales=scales[0]), "value_scales shares memory with key_scales"),
+        (
+            whole,
+            dict(key_scales=scales[0], value_scales=scales[1, :, :, :1].expand(-1, -1, H)),
+            "value_scales has shape",
+        ),
+        (whole, dict(key_scales=paged.keys[..., 0], value_scales=scales[1]), "key_scales shares memory with keys"),
+    ):
+        for backend in ("reference", "triton"):
+            for to in ("front", "tail"):
+                with kvevict.backend(backend), pytest.raises(ValueError, match=message):
+                    paged_compact(paged.keys, paged.values, paged.table, paged.lengths, indices + 0, to=to, **options)
+        assert torch.equal(paged.memory, before)
+    for keep in (0, -3):
+        with pytest.raises(ValueError, match="keep"):
+            counts = torch.tensor([2, keep], device=DEVICE)
+            paged_keydiff_compact(paged.keys, paged.values, paged.table, paged.lengths, keep=counts)
+    strided = short.permute(2, 0, 1).contiguous().permute(1, 2, 0) + 1
+    for backend in ("reference", "triton"):
+        moved = Paged(4, lengths=[10, 3])
+        with kvevict.backend(backend):
+            paged_compact(moved.keys, moved.values, moved.table, moved.lengths, strided)
+        for b in range(2):
+            assert torch.equal(moved.dense(moved.keys, b)[:, :, :2], paged.dense(paged.keys, b)[:, :, 1:3])
+
+
 def test_bad_input_is_named_and_nothing_is_written():
     paged = Paged(16)
     keys, values, table, lengths = paged.keys, paged.values, paged.table, paged.lengths

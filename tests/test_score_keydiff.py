@@ -6,10 +6,12 @@ from cases import both, cache, name
 from conftest import DEVICE
 
 import kvevict
+from kvevict.backends import reference, triton
 
 SHAPES = [(2, 3, 517, 64, 64), (1, 2, 100, 80, 80), (1, 1, 1, 128, 128), (1, 2, 33, 96, 96), (1, 1, 70, 576, 512),
-          (1, 2, 40, 112, 112), (1, 1, 2100, 192, 128), (1, 1, 60, 256, 256), (2, 2, 25, 5, 5)]  # fmt: skip
+          (1, 2, 40, 112, 112), (1, 1, 700, 192, 128), (1, 1, 60, 256, 256), (2, 2, 25, 5, 5)]  # fmt: skip
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+ANCHORS = ["unit", "raw", "given"]
 
 
 def exact(keys, anchor):
@@ -23,7 +25,7 @@ def exact(keys, anchor):
     return -(keys * mean).sum(-1) / (norm[..., 0] * mean.norm(dim=-1))
 
 
-@pytest.mark.parametrize("anchor", ["unit", "raw", "given"])
+@pytest.mark.parametrize("anchor", ANCHORS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 def test_equals_the_formula(shape, dtype, anchor):
@@ -41,9 +43,10 @@ def test_equals_the_formula(shape, dtype, anchor):
 @pytest.mark.parametrize("layout", ["BSHD", "sliced"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=name)
 def test_strides_do_not_matter(layout, dtype):
+    """Compiled code may add in another order where rows are aligned otherwise: 1e-6, eight times float32's epsilon."""
     dense, strided = (cache((2, 2, 77, 64, 64), dtype, layout=which)[0] for which in ("BHSD", layout))
     for a, b in zip(*(both(lambda x=x: kvevict.keydiff_scores(x)) for x in (dense, strided)), strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
 
 def test_by_hand():
@@ -71,11 +74,117 @@ def test_ragged_rows_do_not_see_what_lies_beyond(dtype):
             assert (scores[b, :, length:] == float("-inf")).all()
 
 
-def test_nan_key_spoils_only_its_head():
-    keys, _ = cache((1, 2, 50, 64, 64))
-    keys[0, 0, 7, 3] = float("nan")
+ONE_LAUNCH, TWO_LAUNCHES = 50, 600  # tokens: a program per row; two passes, several programs per row
+
+
+def given(anchor, keys):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(*keys.shape[:2], keys.shape[3], generator=generator).to(DEVICE) if anchor == "given" else anchor
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+@pytest.mark.parametrize("S", [ONE_LAUNCH, TWO_LAUNCHES])
+def test_keys_that_are_not_finite_rank_last_and_are_in_no_mean(S, anchor):
+    keys, _ = cache((1, 3, S, 64, 64), torch.bfloat16)
+    anchor = given(anchor, keys)
+    bad = torch.zeros(1, 3, S, dtype=torch.bool, device=DEVICE)
+    for token, value in ((7, "nan"), (8, "inf"), (S - 1, "-inf")):
+        keys[0, 0, token, token % 64] = float(value)
+        bad[0, 0, token] = True
+    keys[0, 2], bad[0, 2] = float("nan"), True  # a head without any finite key
+    for scores in both(lambda: kvevict.keydiff_scores(keys, anchor=anchor)):
+        assert torch.equal(scores.isnan(), bad)
+        for h in (0, 1):
+            good = ~bad[0, h]
+            a = anchor if isinstance(anchor, str) else anchor[:, h : h + 1]
+            truth = exact(keys[:, h : h + 1, good], a)[0, 0].float()
+            torch.testing.assert_close(scores[0, h, good], truth, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("S", [3, TWO_LAUNCHES])
+def test_the_mean_is_over_the_finite_keys(S):
+    """Its norm counts where it is below 1e-8: k·a / (1e-8 · 1e-8) with k = a = (4e-9, 0) is 0.16."""
+    keys = torch.tensor([4e-9] + [0.0] * 63, device=DEVICE).repeat(1, 1, S, 1)
+    keys[0, 0, 1:-1, 0] = float("nan")
+    for scores in both(lambda: kvevict.keydiff_scores(keys, anchor="raw")):
+        torch.testing.assert_close(scores[0, 0, [0, -1]], torch.full((2,), -0.16, device=DEVICE))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_a_given_anchor_that_is_not_finite_gives_nan(value):
+    keys, _ = cache((1, 2, 20, 64, 64))
+    anchor = torch.ones(1, 2, 64, device=DEVICE)
+    anchor[0, 1, 5] = value
+    for scores in both(lambda: kvevict.keydiff_scores(keys, anchor=anchor)):
+        assert not scores[0, 0].isnan().any() and scores[0, 1].isnan().all()
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+@pytest.mark.parametrize("S", [ONE_LAUNCH, TWO_LAUNCHES])
+def test_norms_whose_square_is_beyond_float32(S, anchor):
+    keys, _ = cache((1, 2, S, 64, 64))
+    keys[0, 0] *= 1e30
+    keys[0, 1, ::3] *= 1e30  # beside others
+    anchor = given(anchor, keys)
+    if not isinstance(anchor, str):
+        anchor *= 1e25
+    truth = exact(keys, anchor).float()
+    for scores in both(lambda: kvevict.keydiff_scores(keys, anchor=anchor)):
+        torch.testing.assert_close(scores, truth, atol=1e-5, rtol=0)
+
+
+def test_norms_below_the_epsilons():
+    """torch's: a unit key is k / max(‖k‖, 1e-12), a cosine divides by max(‖k‖, 1e-8)."""
+    keys = torch.tensor([[1.0, 0.0], [1e-30, 0.0], [1e-11, 0.0], [0.0, 1e-30]], device=DEVICE).reshape(1, 1, 4, 2)
+    # unit keys: (1,0) (1e-18,0) (1,0) (0,1e-18)
     for scores in both(lambda: kvevict.keydiff_scores(keys)):
-        assert scores[0, 0].isnan().all() and not scores[0, 1].isnan().any()
+        expected = torch.tensor([-1.0, -1e-22, -1e-3, 0.0], device=DEVICE)
+        torch.testing.assert_close(scores[0, 0], expected, atol=1e-30, rtol=1e-5)
+
+
+def per_head(keys, block_size):
+    """A paged cache [blocks, 1, block_size, D] with one block too many, and a table [B, H, columns]."""
+    B, H, S, D = keys.shape
+    count = B * H * S // block_size
+    table = torch.randperm(count + 1, generator=torch.Generator().manual_seed(2))[:count].to(DEVICE)
+    pages = torch.full((count + 1, 1, block_size, D), float("nan"), device=DEVICE).to(keys.dtype)
+    pages[table] = keys.reshape(count, 1, block_size, D)
+    return pages, table.reshape(B, H, S // block_size).to(torch.int32)
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["dense", "table-per-head"])
+@pytest.mark.parametrize("S", [96, 608])
+def test_lengths_of_every_head(S, paged):
+    """[B, H], 0 among them: every head is scored as if it were alone, and what lies beyond is not read."""
+    keys, _ = cache((2, 3, S, 64, 64), torch.bfloat16)
+    lengths = torch.tensor([[S, 0, 1], [S // 2 + 1, S - 1, 33]], dtype=torch.int32, device=DEVICE)
+    for b, h in torch.cartesian_prod(torch.arange(2), torch.arange(3)).tolist():
+        keys[b, h, lengths[b, h] :] = float("nan")
+    rows, table = per_head(keys, 16) if paged else (keys, None)
+    if table is not None:
+        table[lengths[..., None] <= torch.arange(S // 16, device=DEVICE) * 16] = -1
+    out = torch.empty(2, 3, S, device=DEVICE)
+    for backend in (reference, triton):
+        backend.keydiff_scores(rows, None, True, lengths, out.fill_(7.0), table)
+        for b, h in torch.cartesian_prod(torch.arange(2), torch.arange(3)).tolist():
+            length = int(lengths[b, h])
+            assert (out[b, h, length:] == float("-inf")).all()
+            if length:
+                truth = exact(keys[b : b + 1, h : h + 1, :length], "unit")[0, 0]
+                torch.testing.assert_close(out[b, h, :length], truth.float(), atol=1e-5, rtol=0)
+
+
+def test_key_norms_of_every_head():
+    keys, _ = cache((2, 2, 32, 64, 64))
+    lengths = torch.tensor([[32, 0], [5, 17]], device=DEVICE)
+    pages, table = per_head(keys, 16)
+    expected = -keys.norm(dim=-1)
+    expected[torch.arange(32, device=DEVICE) >= lengths[..., None]] = float("-inf")
+    out = torch.empty(2, 2, 32, device=DEVICE)
+    for backend in (reference, triton):
+        for rows, pages_of in ((keys, None), (pages, table)):
+            backend.key_norm_scores(rows, lengths, out.fill_(7.0), pages_of)
+            torch.testing.assert_close(out, expected)
 
 
 def test_same_input_same_bytes():

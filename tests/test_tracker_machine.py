@@ -8,7 +8,14 @@ import torch
 from conftest import DEVICE
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 import kvevict
 from kvevict.ops import Compacted
@@ -199,8 +206,6 @@ class Machine(RuleBasedStateMachine):
 
 
 def test_tracker_machine():
-    from hypothesis.stateful import run_state_machine_as_test
-
     with kvevict.backend("reference") if DEVICE == "cpu" else kvevict.backend("auto"):
         run_state_machine_as_test(
             Machine,

@@ -32,6 +32,11 @@ def test_skip_is_whole_blocks_and_leaves_the_budget(computed, budget, interval, 
     assert skip(torch.tensor([computed]), budget, interval, block_size).tolist() == [gone]
 
 
+def test_skip_by_hand():
+    assert [skip(n, 100, 32, 16) for n in (0, 100, 131, 132, 133, 147, 148)] == [0, 0, 0, 0, 32, 32, 48]
+    assert [skip(n, 100, 0, 1) for n in (99, 100, 101, 102)] == [0, 0, 1, 2]
+
+
 def config(**changes):
     parallel = dict(pipeline_parallel_size=1, tensor_parallel_size=1, decode_context_parallel_size=1)
     plain = dict(additional_config={}, cache_config=SimpleNamespace(enable_prefix_caching=False),

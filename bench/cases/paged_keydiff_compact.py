@@ -33,7 +33,7 @@ CASE = Case(
     inputs=inputs,
     run=run,
     floor=floor,
-    gate=lambda point: 1.25,  # as the dense one, and a table entry per row and access: 4 bytes, from L1
+    gate=lambda point: 1.45,  # as the dense one, and a table entry per row and access: 4 bytes, from L1
     varies=("keep", "D", "B"),
     peers={"dense (ours)": dense},
 )

@@ -2,9 +2,10 @@
 
 Shapes: keys [B, H, S, D], values [B, H, S, Dv], queries [B, Hq, W, D], scores [B, H, S] float32, indices and slots
 [B, H, n] int64 with -1 as padding, lengths [B] (tokens of each request) and keep_lengths [B] (how many of them it
-keeps), or None.
+keeps), or None. Selection takes both as [B, H] as well: each head has its own.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "attention_lse",
     "attention_mass",
+    "check_rows",
     "copy_rows",
     "decode_attention",
     "evict_slots",
@@ -21,25 +23,44 @@ __all__ = [
     "key_norm_scores",
     "keydiff_scores",
     "mlp_scores",
+    "move_flags",
     "move_rows",
     "pool_scores",
+    "topk_adaptive",
     "topk_indices",
 ]
 
 
 def _inside(S: int, lengths: Tensor | None, device: torch.device) -> Tensor:
-    """[B, 1, S] (or [1, 1, S]) bool: which positions hold a token."""
-    positions = torch.arange(S, device=device)
+    """[1, 1, S], [B, 1, S] or [B, H, S] bool: which positions hold a token."""
     ends = torch.tensor([S], device=device) if lengths is None else lengths
-    return positions < ends[:, None, None]
+    return torch.arange(S, device=device) < ends.view(len(ends), -1, 1)
 
 
 def _dense(rows: Tensor, table: Tensor | None) -> Tensor:
-    """[B, H, S, D]: what a paged cache [blocks, H, block_size, D] holds under a block table [B, columns]."""
+    """[B, H, S, D]: what a paged cache [blocks, H, block_size, D] holds under a block table [B, columns], or one
+    [blocks, 1, block_size, D] under a table of every head, [B, H, columns]."""
     if table is None:
         return rows
     pages = _as_bytes(rows)[table.long().clamp(min=0, max=rows.shape[0] - 1)]  # no block beyond a request's length
-    return pages.transpose(1, 2).flatten(2, 3).view(rows.dtype)
+    pages = pages.transpose(1, 2) if table.ndim == 2 else pages.squeeze(3)
+    return pages.flatten(2, 3).view(rows.dtype)
+
+
+def _shrunk(x: Tensor) -> Tensor:
+    """Vectors [..., D], those whose norm may have no float32 square times 2⁻⁷²: the direction is the same."""
+    return torch.where(x.abs().amax(-1, keepdim=True) > 2.0**58, x * 2.0**-72, x)
+
+
+def check_rows(lengths: Tensor, S: int, table: Tensor | None, blocks: int, block_size: int, ok: Tensor) -> None:
+    """Whether every length is from 1 (of a head: from 0) to S, and every block that holds a token one of `blocks`."""
+    least = 1 if lengths.ndim == 1 else 0
+    ok.fill_(((lengths >= least) & (lengths <= S)).all())
+    if table is not None:
+        if table.ndim > lengths.ndim + 1:
+            lengths = lengths[:, None]
+        used = torch.arange(table.shape[-1], device=table.device) * block_size < lengths[..., None]
+        ok.logical_and_((((table >= 0) & (table < blocks)) | ~used).all())
 
 
 def keydiff_scores(
@@ -50,15 +71,17 @@ def keydiff_scores(
     out: Tensor,
     table: Tensor | None = None,
 ) -> None:
-    """-cos(k_i, a) with a = mean_i k_i/‖k_i‖ (unit), mean_i k_i, or the caller's [B, H, D]; -inf beyond a row."""
-    keys = _dense(keys, table)
+    """-cos(k_i, a), a = mean_i k_i/‖k_i‖ (unit), mean_i k_i, or the caller's [B, H, D]; -inf beyond a row. Keys with
+    an element that is not finite are not in the mean, and their score is NaN."""
+    keys = _dense(keys, table).float()
     inside = _inside(keys.shape[2], lengths, keys.device)
-    keys = keys.float().masked_fill(~inside[..., None], 0.0)
+    finite = keys.isfinite().all(-1) & inside
+    keys = keys.masked_fill(~finite[..., None], 0.0)
     if anchor is None:
-        total = (F.normalize(keys, dim=-1, eps=1e-12) if unit else keys).sum(2)
-        anchor = total / inside.sum(2, keepdim=True)
-    scores = -F.cosine_similarity(keys, anchor.float()[:, :, None], dim=-1, eps=1e-8)
-    out.copy_(scores.masked_fill(~inside, float("-inf")))
+        total = (F.normalize(_shrunk(keys), dim=-1, eps=1e-12) if unit else keys).sum(2)
+        anchor = total / finite.sum(2, keepdim=True)
+    scores = -F.cosine_similarity(_shrunk(keys), _shrunk(anchor.float())[:, :, None], dim=-1, eps=1e-8)
+    out.copy_(scores.masked_fill(~finite, float("nan")).masked_fill(~inside, float("-inf")))
 
 
 def key_norm_scores(keys: Tensor, lengths: Tensor | None, out: Tensor, table: Tensor | None = None) -> None:
@@ -80,27 +103,27 @@ _LOGITS_AT_ONCE = 2**24  # 64 MiB of float32: the whole W × S never exists
 def _visible_logits(
     queries: Tensor, keys: Tensor, scale: float, causal: bool, lengths: Tensor | None
 ) -> Iterator[tuple[int, int, slice, Tensor]]:
-    """Request b, KV head h, a run of its queries, and their logits [G, run, length], -inf where a key is not seen.
+    """Request b, KV head h, a run of its queries, and their logits [G, run, length], -inf where a key is not seen; none
+    of a head without tokens.
 
     Query w of a request is its token max(length - W, 0) + w; queries beyond its last token do not appear.
     """
     B, HQ, W, _ = queries.shape
     H, S = keys.shape[1:3]
     G = HQ // H
-    for b in range(B):
-        length = S if lengths is None else int(lengths[b])
+    for b, h in itertools.product(range(B), range(H)):
+        length = S if lengths is None else int(lengths[b] if lengths.ndim == 1 else lengths[b, h])
         offset, valid = max(length - W, 0), min(length, W)
-        run = max(_LOGITS_AT_ONCE // (G * length), 1)
-        for h in range(H):
-            key = keys[b, h, :length].float()
-            for begin in range(0, valid, run):
-                end = min(begin + run, valid)
-                logits = scale * (queries[b, h * G : h * G + G, begin:end].float() @ key.T)
-                if causal:
-                    positions = offset + torch.arange(begin, end, device=keys.device)
-                    later = torch.arange(length, device=keys.device) > positions[:, None]
-                    logits = logits.masked_fill(later, float("-inf"))
-                yield b, h, slice(begin, end), logits
+        run = max(_LOGITS_AT_ONCE // (G * max(length, 1)), 1)
+        key = keys[b, h, :length].float()
+        for begin in range(0, valid, run):
+            end = min(begin + run, valid)
+            logits = scale * (queries[b, h * G : h * G + G, begin:end].float() @ key.T)
+            if causal:
+                positions = offset + torch.arange(begin, end, device=keys.device)
+                later = torch.arange(length, device=keys.device) > positions[:, None]
+                logits = logits.masked_fill(later, float("-inf"))
+            yield b, h, slice(begin, end), logits
 
 
 def attention_lse(
@@ -145,8 +168,8 @@ def attention_mass(
             row.copy_(torch.maximum(row, weights.amax((0, 1))))
         else:
             row.add_((weights.square() if reduce == "square" else weights).sum((0, 1)))
-    length = torch.full((B, 1, 1), S, device=keys.device) if lengths is None else lengths[:, None, None]
-    valid = length.clamp(max=W)
+    length = torch.full((B, 1, 1), S, device=keys.device) if lengths is None else lengths.view(B, -1, 1)
+    valid = length.clamp(1, W)  # a head without tokens has no mass to divide
     seen_by = (length - torch.arange(S, device=keys.device)).clamp(min=1).minimum(valid) if causal else valid
     if reduce == "mean":
         out.div_((seen_by if count else valid) * G)
@@ -168,20 +191,32 @@ def decode_attention(
     threshold: float,
     out: Tensor,
     table: Tensor | None = None,
+    given_lse: Tensor | None = None,
+    out_lse: Tensor | None = None,
 ) -> None:
-    """softmax(scale · q·K) · V for one query per head. With w the weights' mean over the group:
-    mass ← decay · mass + w, and last_used ← step where w reaches the threshold."""
+    """softmax(scale · q·K) · V for the last W queries of every head, causal among themselves, and their log-sum-exps.
+    Weights are exp(logit - lse), with given_lse where there is one. With w their mean over the group:
+    mass ← decay · mass + Σ w over the queries, and last_used ← step where a query's w reaches the threshold."""
     keys, values = _dense(keys, table), _dense(values, table)
     G = queries.shape[1] // keys.shape[1]
-    for b, h, _, logits in _visible_logits(queries, keys, scale, False, lengths):
-        weights = logits[:, 0].softmax(-1)
-        length = weights.shape[-1]
-        out[b, h * G : h * G + G, 0] = (weights @ values[b, h, :length].float()).to(out.dtype)
+    lse = torch.full(queries.shape[:3], float("-inf"), device=queries.device)
+    drawn, most = (torch.zeros(keys.shape[:3], device=queries.device) for _ in range(2))
+    out.zero_()
+    for b, h, run, logits in _visible_logits(queries, keys, scale, True, lengths):
+        group, length = slice(h * G, h * G + G), logits.shape[-1]
+        lse[b, group, run] = logits.logsumexp(-1) if given_lse is None else given_lse[b, group, run]
+        weights = (logits - lse[b, group, run, None]).exp()
+        out[b, group, run] = (weights @ values[b, h, :length].float()).to(out.dtype)
         weight = weights.mean(0)
-        if mass is not None:
-            mass[b, h, :length].mul_(decay).add_(weight)
-        if last_used is not None:
-            last_used[b, h, :length].masked_fill_(weight >= threshold, step)
+        drawn[b, h, :length] += weight.sum(0)
+        most[b, h, :length] = torch.maximum(most[b, h, :length], weight.amax(0))
+    inside = _inside(keys.shape[2], lengths, keys.device)
+    if out_lse is not None:
+        out_lse.copy_(lse)
+    if mass is not None:
+        mass.copy_(torch.where(inside, mass * decay + drawn, mass))
+    if last_used is not None:
+        last_used.masked_fill_(inside & (most >= threshold), step)
 
 
 def pool_scores(scores: Tensor, kernel_size: int, average: bool, out: Tensor) -> None:
@@ -195,6 +230,14 @@ def pool_scores(scores: Tensor, kernel_size: int, average: bool, out: Tensor) ->
     out.copy_(pooled.masked_fill(padding, float("-inf")))
 
 
+def _per_head(counts: Tensor | None, default: int, scores: Tensor) -> Tensor:
+    """[B, H, 1] int64: counts [B] or [B, H], or the same for all."""
+    B, H, _ = scores.shape
+    if counts is None:
+        counts = torch.tensor([default], device=scores.device)
+    return (counts.long() if counts.ndim == 2 else counts.long()[:, None]).expand(B, H)[..., None]
+
+
 def topk_indices(
     scores: Tensor,
     keep_lengths: Tensor | None,
@@ -203,19 +246,21 @@ def topk_indices(
     shared: bool,
     lengths: Tensor | None,
     out: Tensor,
+    clear: Tensor | None = None,
 ) -> None:
-    """Per row: the protected tokens, then the best scores, ties to the lower index; written in ascending order."""
+    """Per row: the protected tokens, then the best scores, ties to the lower index; written in ascending order.
+    `clear` is zeroed: a kernel does that along the way."""
+    if clear is not None:
+        clear.zero_()
     if shared:  # added in head order: float32 sums depend on it
         total = scores[:, :1].clone()
         for h in range(1, scores.shape[1]):
             total += scores[:, h : h + 1]
         scores = total / scores.shape[1]
-    B, H, S = scores.shape
-    n = out.shape[2]
+    S, n = scores.shape[2], out.shape[2]
     positions = torch.arange(S, device=scores.device)
-    whole = torch.full((B,), S, device=scores.device)
-    lengths = (whole if lengths is None else lengths.long())[:, None, None]
-    kept = (whole.clamp(max=n) if keep_lengths is None else keep_lengths.long())[:, None, None]
+    lengths = _per_head(lengths, S, scores)
+    kept = _per_head(keep_lengths, n, scores).minimum(lengths)
     sinks = kept.clamp(max=sink)  # a row that cannot keep sink + recent tokens keeps its sinks first
     recents = torch.minimum(kept - sinks, torch.tensor(recent, device=scores.device))
 
@@ -230,18 +275,60 @@ def topk_indices(
     out.copy_(chosen.masked_fill(chosen == S, -1))
 
 
+def _best_first(row: Tensor) -> Tensor:
+    """Indices of a row [S], the best score first, NaN last, ties in order."""
+    order = row.masked_fill(row.isnan(), 0.0).sort(descending=True, stable=True)[1]
+    return order[row[order].isnan().int().sort(stable=True)[1]]
+
+
+def topk_adaptive(
+    scores: Tensor,
+    n: int,
+    keep_lengths: Tensor | None,
+    floor: tuple[int, int],
+    sink: int,
+    recent: int,
+    lengths: Tensor | None,
+    out: Tensor,
+    clear: Tensor | None = None,
+) -> None:
+    """Per request: every head's protected tokens and its best up to its floor, the share `floor` (numerator,
+    denominator) of what it may keep (n, or keep_lengths); then the best of all heads that are left, ties to the lower
+    head, until the request keeps what its heads may keep together."""
+    if clear is not None:
+        clear.zero_()
+    B, H, S = scores.shape
+    p, q = floor
+    out.fill_(-1)
+    held, may_keep = _per_head(lengths, S, scores)[..., 0].tolist(), _per_head(keep_lengths, n, scores)[..., 0].tolist()
+    for b in range(B):
+        kept = torch.zeros(H, S, dtype=torch.bool, device=scores.device)
+        left = min(sum(may_keep[b]), sum(held[b]))
+        for h, (length, keep) in enumerate(zip(held[b], may_keep[b], strict=True)):
+            count = min(max(sink + recent, (2 * p * keep + q) // (2 * q)), keep, length)
+            first = min(sink, count)
+            last = length - min(recent, count - first)
+            kept[h, :first] = kept[h, last:length] = True
+            unprotected = count - int(kept[h].sum())
+            kept[h, first + _best_first(scores[b, h, first:last])[:unprotected]] = True
+            left -= count
+        has_token = torch.arange(S, device=scores.device) < torch.tensor(held[b], device=scores.device)[:, None]
+        best = _best_first(scores[b].flatten())
+        best = best[(has_token & ~kept).flatten()[best]]
+        kept.view(-1)[best[:left]] = True
+        for h in range(H):
+            tokens = kept[h].nonzero()[:, 0]
+            out[b, h, : len(tokens)] = tokens
+
+
 def evict_slots(scores: Tensor, sink: int, recent: int, lengths: Tensor | None, out: Tensor) -> None:
     """Per row: the tokens that keeping the others leaves out; in ascending order, -1 where too few are unprotected."""
-    B, H, S = scores.shape
     out.fill_(-1)
-    for b in range(B):
-        length = S if lengths is None else int(lengths[b])
-        first, last = min(sink, length), max(length - recent, min(sink, length))
-        count = min(out.shape[2], last - first)
-        for h in range(H):
-            row = scores[b, h, first:last]
-            order = row.masked_fill(row.isnan(), 0.0).sort(descending=True, stable=True)[1]
-            order = order[row[order].isnan().int().sort(stable=True)[1]]  # NaN behind -inf
+    for b, of_heads in enumerate(_per_head(lengths, scores.shape[2], scores)[..., 0].tolist()):
+        for h, length in enumerate(of_heads):
+            first, last = min(sink, length), max(length - recent, min(sink, length))
+            count = min(out.shape[2], last - first)
+            order = _best_first(scores[b, h, first:last])
             out[b, h, :count] = first + order[len(order) - count :].sort()[0]
 
 
@@ -260,14 +347,25 @@ def fill_holes(indices: Tensor, out: Tensor) -> None:
             out[b, h, : len(kept)][is_hole] = kept[len(stay) :]
 
 
-def _gather_rows(rows: Tensor, slots: Tensor) -> Tensor:
-    """[B, H, n, D]: row slots[j] of every head (row 0 for padding)."""
-    return rows.gather(2, slots.clamp(min=0)[..., None].expand(-1, -1, -1, rows.shape[3]))
-
-
 def _as_bytes(rows: Tensor) -> Tensor:
     """torch has no gather for float8; its rows move as bytes."""
     return rows.view(torch.uint8) if rows.element_size() == 1 else rows
+
+
+def _row_index(rows: Tensor, table: Tensor | None, b: Tensor, h: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    """The index into rows [B, H, S, D] of some tokens, each of request b and head h; or, under a table [B, columns] or
+    [B, H, columns], into rows [blocks, H or 1, block_size, D]."""
+    if table is None:
+        return b, h, tokens
+    block_size = rows.shape[2]
+    if table.ndim == 3:
+        return table[b, h, tokens // block_size].long(), torch.zeros_like(h), tokens % block_size
+    return table[b, tokens // block_size].long(), h, tokens % block_size
+
+
+def move_flags(slots: Tensor, keys: Tensor, values: Tensor) -> int:
+    """How many flags `move_rows` takes: nothing waits here."""
+    return 0
 
 
 def move_rows(
@@ -277,27 +375,42 @@ def move_rows(
     ordered: bool,
     table: Tensor | None = None,
     ends: Tensor | None = None,
+    flags: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
-    """In place: slot j of every head gets row slots[j]; -1 leaves the slot as it is. `ordered` changes nothing here.
+    """In place: slot j of every head gets row slots[j]; -1 leaves the slot as it is. `ordered` and `flags` change
+    nothing here.
 
-    table: keys and values are paged. ends [B]: slots and rows are counted back from a request's end.
+    table: keys and values are paged. ends [B] or [B, H]: slots and rows are counted back from a request's end.
+    key_scales, value_scales: rows of one element that move with the others.
     """
     B, H, n = slots.shape
-    block_size = keys.shape[2]
-    if table is None:
-        table = torch.arange(B, device=slots.device)[:, None]  # one block per request
-    source, target = slots.clamp(min=0), torch.arange(n, device=slots.device).expand(B, H, n)
-    if ends is not None:
-        source, target = (ends.long()[:, None, None] - 1 - x for x in (source, target))
+    source, target = slots, torch.arange(n, device=slots.device).expand(B, H, n)
     moves = (slots >= 0) & (source != target)
-    request, head, _ = moves.nonzero(as_tuple=True)
-    old, new = ((table[request, x[moves] // block_size].long(), head, x[moves] % block_size) for x in (source, target))
-    for rows in (_as_bytes(keys), _as_bytes(values)):
-        rows[new] = rows[old]  # all are read before one is written
+    if ends is not None:
+        last = ends.long().view(B, -1, 1) - 1
+        source, target = last - source, last - target
+    b, h, _ = moves.nonzero(as_tuple=True)
+    for rows in (keys, values, key_scales, value_scales):
+        if rows is not None:
+            old, new = (_row_index(rows, table, b, h, tokens[moves]) for tokens in (source, target))
+            _as_bytes(rows)[new] = _as_bytes(rows)[old]  # all are read before one is written
 
 
-def copy_rows(keys: Tensor, values: Tensor, slots: Tensor, out_keys: Tensor, out_values: Tensor) -> None:
-    """Slot j of every head of the outputs gets row slots[j]; -1 gets zeros."""
+def copy_rows(
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    out_keys: Tensor,
+    out_values: Tensor,
+    table: Tensor | None = None,
+    out_table: Tensor | None = None,
+) -> None:
+    """Slot j of every head of the outputs gets row slots[j]; -1 gets zeros, or where the outputs are paged, nothing."""
+    b, h, j = (slots >= 0).nonzero(as_tuple=True)
     for rows, out in ((keys, out_keys), (values, out_values)):
         rows, out = _as_bytes(rows), _as_bytes(out)
-        out.copy_(_gather_rows(rows, slots).masked_fill(slots[..., None] < 0, 0))
+        if out_table is None:
+            out.zero_()
+        out[_row_index(out, out_table, b, h, j)] = rows[_row_index(rows, table, b, h, slots[b, h, j])]

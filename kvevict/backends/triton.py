@@ -1,17 +1,19 @@
 """The Triton backend: the launchers of kvevict.kernels under the interface's names."""
 
-from kvevict.kernels.compact_kv import copy_rows, fill_holes, move_rows
+from kvevict.kernels.check_rows import check_rows
+from kvevict.kernels.compact_kv import copy_rows, fill_holes, move_flags, move_rows
 from kvevict.kernels.decode_attention import decode_attention
 from kvevict.kernels.pool_scores import pool_scores
 from kvevict.kernels.score_attention import attention_lse, attention_mass
 from kvevict.kernels.score_keydiff import keydiff_scores
 from kvevict.kernels.score_mlp import mlp_scores
 from kvevict.kernels.score_norm import key_norm_scores
-from kvevict.kernels.select_topk import evict_slots, topk_indices
+from kvevict.kernels.select_topk import evict_slots, topk_adaptive, topk_indices
 
 __all__ = [
     "attention_lse",
     "attention_mass",
+    "check_rows",
     "copy_rows",
     "decode_attention",
     "evict_slots",
@@ -19,7 +21,9 @@ __all__ = [
     "key_norm_scores",
     "keydiff_scores",
     "mlp_scores",
+    "move_flags",
     "move_rows",
     "pool_scores",
+    "topk_adaptive",
     "topk_indices",
 ]

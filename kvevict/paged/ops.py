@@ -5,9 +5,12 @@ contiguous last dimension: a view of an engine's cache, whatever its order, and 
 max_blocks] int32: token t of request b lies in block block_tables[b, t // block_size], row t % block_size, of every KV
 head. lengths [B] int32 or int64: tokens of each request, at least 1. What the table says beyond them is not read.
 
+Or a table for each head: block_tables [B, kv_heads, max_blocks], lengths [B] or [B, kv_heads], where 0 is allowed, and
+a cache [num_blocks, block_size, 1, head_dim]. Then every (request, head) is a row of its own, of its own length.
+
 S = max_blocks · block_size is the longest that a request can be: pass a narrower table where requests are shorter.
 
-Every KV head keeps its own tokens, the same number in all heads of a request, so whole blocks are left over.
+With one table per request every KV head keeps its own tokens, but the same number of them, so whole blocks are left.
 """
 
 from __future__ import annotations
@@ -18,14 +21,13 @@ import torch
 from torch import Tensor
 
 from kvevict import ops, validate
-from kvevict.custom_ops import cache_rows
 
 
 class PagedCompacted(NamedTuple):
     """What a paged compaction leaves."""
 
-    lengths: Tensor  # [B], dtype of the given lengths: tokens that each request holds now
-    freed_blocks: Tensor  # [B, max_blocks] like block_tables: the blocks that hold no token any more, -1 elsewhere
+    lengths: Tensor  # [B] ([B, H] with a table per head), dtype of the given lengths: tokens that are held now
+    freed_blocks: Tensor  # like block_tables: the blocks that hold no token any more, -1 elsewhere
 
 
 def _heads_first(name: str, cache: Tensor, dtypes, like: Tensor | None = None) -> Tensor:
@@ -34,31 +36,49 @@ def _heads_first(name: str, cache: Tensor, dtypes, like: Tensor | None = None) -
     return validate.cache(name, cache.transpose(1, 2), dtypes, like)
 
 
-def _table(block_tables: Tensor, lengths: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
-    block_tables = validate.tensor("block_tables", block_tables, 2, (torch.int32,), cache)
-    validate.contiguous_rows("block_tables", block_tables)
-    return block_tables, validate.lengths(lengths, block_tables)
-
-
-def _checked(
-    key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, lengths: Tensor, dtypes
-) -> tuple[Tensor, ...]:
-    """keys and values [num_blocks, kv_heads, block_size, ...], block tables and lengths."""
+def _paged(
+    key_cache: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    value_cache: Tensor | None = None,
+    dtypes=validate.FLOAT_DTYPES,
+) -> ops._Cache:
+    """A paged cache, checked."""
     keys = _heads_first("key_cache", key_cache, dtypes)
-    values = _heads_first("value_cache", value_cache, dtypes, keys)
-    return keys, values, *_table(block_tables, lengths, keys)
+    values = keys if value_cache is None else _heads_first("value_cache", value_cache, dtypes, keys)
+    table = validate.block_tables(block_tables, keys.shape[1], keys)
+    H = table.shape[1] if table.ndim == 3 else keys.shape[1]
+    if table.ndim == 2 and isinstance(lengths, Tensor) and lengths.ndim == 2:
+        raise ValueError(
+            f"lengths has shape {tuple(lengths.shape)}, one per head: expected a table for each head, block_tables "
+            "[B, kv_heads, max_blocks]"
+        )
+    return ops._Cache(keys, values, table, validate.lengths(lengths, table.shape[0], H, keys))
 
 
-def _kept(keep: int | float | Tensor, lengths: Tensor, S: int, sink: int, recent: int) -> tuple[int, Tensor]:
-    """n, the most that any request can keep, and [B] int64, what each one keeps."""
-    if isinstance(keep, Tensor):
-        keep = validate.tensor("keep", keep, 1, (torch.int32, torch.int64), lengths)
-        if keep.shape != lengths.shape:
-            raise ValueError(f"keep has shape {tuple(keep.shape)}: expected {tuple(lengths.shape)}, one per request")
-        return validate.kept_tokens(S, S, sink, recent), torch.minimum(keep.long(), lengths.long()).clamp(min=1)
+def _check_selection(
+    keep, cache: ops._Cache, sink: int, recent: int, heads: str, floor: float
+) -> tuple[int, Tensor | None]:
+    """n, the most that any request can keep, and what each one keeps."""
+    B, H, S, _ = cache.shape
+    lengths = cache.lengths
+    assert lengths is not None and cache.table is not None
+    if cache.table.ndim == 2:
+        expected = (
+            "as the heads of a request share their blocks; a table for each head, [B, kv_heads, max_blocks], lifts it"
+        )
+        if heads == "adaptive":
+            raise ValueError(f"heads is 'adaptive': expected 'each' or 'shared', {expected}")
+        if isinstance(keep, Tensor) and keep.ndim == 2:
+            raise ValueError(f"keep has shape {tuple(keep.shape)}: expected ({B},), {expected}")
+    if isinstance(keep, Tensor) and keep.ndim < 2:
+        keep = validate.counts("keep", keep, B, H, lengths)
+        validate.require((keep >= 1).all(), "keep", keep, "at least 1 token for each request")
+        ops._check_selection((B, H, S), S, sink, recent, heads, lengths)
+        return S, validate.kept_lengths(keep, lengths)
     if isinstance(keep, int) and not isinstance(keep, bool):
         keep = min(keep, S)  # every request may be shorter than what it could keep
-    return validate.kept_tokens(keep, S, sink, recent), validate.kept_lengths(keep, lengths)
+    return ops._check_selection((B, H, S), keep, sink, recent, heads, lengths, floor)
 
 
 def paged_scores(key_cache: Tensor, block_tables: Tensor, lengths: Tensor, *, anchor: str | Tensor = "unit") -> Tensor:
@@ -74,10 +94,7 @@ def paged_scores(key_cache: Tensor, block_tables: Tensor, lengths: Tensor, *, an
     Raises:
         TypeError, ValueError: see kvevict.ops; values of the tensors on a GPU are asserted on the device.
     """
-    keys = _heads_first("key_cache", key_cache, validate.FLOAT_DTYPES)
-    table, lengths = _table(block_tables, lengths, keys)
-    ops._check_anchor(anchor, _like(keys, table))
-    return ops._scores(keys, anchor, lengths, table)
+    return ops._scores(_paged(key_cache, block_tables, lengths), anchor)
 
 
 def paged_attention_mass(
@@ -105,18 +122,7 @@ def paged_attention_mass(
     Raises:
         TypeError, ValueError: as there.
     """
-    keys = _heads_first("key_cache", key_cache, validate.FLOAT_DTYPES)
-    table, lengths = _table(block_tables, lengths, keys)
-    queries = validate.queries(queries, _like(keys, table))
-    ops._check_mass(queries, lse, reduce, normalize)
-    scale = validate.softmax_scale(scale, keys.shape[3])
-    return ops._mass(queries, keys, scale, lse, causal, reduce, normalize, lengths, table)
-
-
-def _like(cache: Tensor, table: Tensor) -> Tensor:
-    """A tensor without memory, of the shape [B, H, S, D] that the cache would have if it were dense."""
-    B, _, S = cache_rows(cache, table)
-    return cache[:1, :, :1].expand(B, -1, S, -1)
+    return ops._mass(_paged(key_cache, block_tables, lengths), queries, scale, lse, causal, reduce, normalize)
 
 
 def paged_decode_attention(
@@ -127,24 +133,23 @@ def paged_decode_attention(
     lengths: Tensor,
     *,
     scale: float | None = None,
-) -> Tensor:
-    """`kvevict.ops.decode_attention` on a paged cache: one query per request and head, which sees all of its tokens.
+    lse: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`kvevict.ops.decode_attention` on a paged cache: the last W queries of each request.
 
     Args:
-        queries: [B, Hq, 1, D].
+        queries: [B, Hq, W, D].
         key_cache, value_cache, block_tables, lengths: see the module.
-        scale: of the logits; None is 1/√D.
+        scale, lse, return_lse: as there.
 
     Returns:
-        [B, Hq, 1, Dv], dtype of queries (bfloat16 for float8).
+        [B, Hq, W, Dv], dtype of queries (bfloat16 for float8); or (that, LSE [B, Hq, W] float32).
 
     Raises:
         TypeError, ValueError: as there.
     """
-    keys, values, table, lengths = _checked(key_cache, value_cache, block_tables, lengths, validate.FLOAT_DTYPES)
-    queries = validate.queries(queries, _like(keys, table), W=1)
-    scale = validate.softmax_scale(scale, keys.shape[3])
-    return ops._decode(queries, keys, values, scale, lengths, None, 1.0, None, 0, 0.0, table)
+    return ops._decode(_paged(key_cache, block_tables, lengths, value_cache), queries, scale, lse, return_lse)
 
 
 def paged_compact(
@@ -164,7 +169,8 @@ def paged_compact(
     Args:
         key_cache, value_cache, block_tables, lengths: see the module. No block may belong to two requests, or twice to
             one: copy shared blocks (prefix caching) first.
-        indices: [B, H, n] int64, strictly ascending, -1 only as padding at a row's end; as many in every head.
+        indices: [B, H, n] int64, strictly ascending and below the request's length, -1 only as padding at a row's end;
+            with one table per request as many in every head.
         to: "front": the kept tokens fill a request's first slots, and its last blocks are free. "tail": they fill the
             last slots before `lengths`, and the first blocks are free, as under a sliding window.
         preserve_order: keep ascending order; False moves the fewest rows.
@@ -176,23 +182,22 @@ def paged_compact(
     Raises:
         TypeError, ValueError: see kvevict.ops; values of the tensors on a GPU are asserted on the device.
     """
-    keys, values, table, lengths = _checked(key_cache, value_cache, block_tables, lengths, validate.ROW_DTYPES)
+    cache = _paged(key_cache, block_tables, lengths, value_cache, validate.ROW_DTYPES)
     validate.one_of("to", to, ("front", "tail"))
-    scales = _check_scales(key_scales, value_scales, keys)
-    indices = validate.tensor("indices", indices, 3, (torch.int64,), keys)
-    B, H, S = cache_rows(keys, table)
-    if indices.shape[:2] != (B, H) or indices.shape[2] > S:
-        raise ValueError(f"indices has shape {tuple(indices.shape)}: expected ({B}, {H}, n) with n from 1 to {S}")
-    kept = (indices[:, 0] >= 0).sum(-1)
-    return _compact(keys, values, table, lengths, indices, kept, to, preserve_order, scales, trusted=False)
+    validate.flag("preserve_order", preserve_order)
+    scales = _check_scales(key_scales, value_scales, cache.keys)
+    indices = ops._indices(indices, cache)
+    return _compact(cache, indices, None, to, preserve_order, scales, trusted=False)
 
 
-def _check_scales(key_scales: Tensor | None, value_scales: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor] | None:
+def _check_scales(
+    key_scales: Tensor | None, value_scales: Tensor | None, keys: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """Scales as rows of one element [num_blocks, kv_heads, block_size, 1]."""
     if (key_scales is None) != (value_scales is None):
         raise ValueError("one of key_scales and value_scales is None: expected both, or neither")
     if key_scales is None or value_scales is None:
-        return None
+        return None, None
     found = []
     for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
         validate.tensor(name, scales, 3, (torch.float32, torch.float16, torch.bfloat16), keys)
@@ -204,30 +209,31 @@ def _check_scales(key_scales: Tensor | None, value_scales: Tensor | None, keys: 
     return found[0], found[1]
 
 
-def _compact(keys, values, table, lengths, indices, kept, to, preserve_order, scales, trusted) -> PagedCompacted:
-    """From here on inputs are valid, but for tensor values."""
-    S, n = cache_rows(keys, table)[2], indices.shape[2]
-    from_end = to == "tail"
-    slots = indices
-    if from_end:  # counted from the request's end, the last tokens come first: the same move, mirrored
-        rank = kept[:, None, None] - 1 - torch.arange(n, device=indices.device)
-        mirrored = lengths[:, None, None] - 1 - indices.gather(2, rank.clamp(min=0).expand_as(indices))
-        slots = torch.where(rank >= 0, mirrored, -1)
-    if not preserve_order:
-        holes = torch.empty(slots.shape, dtype=torch.int64, device=slots.device)
-        torch.ops.kvevict.fill_holes(slots, S, trusted, holes)
-        slots, trusted = holes, True
-    torch.ops.kvevict.move_rows(keys, values, slots, preserve_order, trusted, table, lengths, from_end)
-    if scales is not None:
-        torch.ops.kvevict.move_rows(*scales, slots, preserve_order, True, table, lengths, from_end)
+def _compact(
+    cache: ops._Cache, indices: Tensor, kept: Tensor | None, to: str, preserve_order: bool, scales, trusted: bool
+) -> PagedCompacted:
+    """From here on inputs are valid, but for tensor values. kept: how many indices each row has, where it is known."""
+    slots = None if preserve_order else torch.empty(indices.shape, dtype=torch.int64, device=indices.device)
+    torch.ops.kvevict.move_rows(
+        cache.keys, cache.values, indices, slots, trusted, cache.table, cache.lengths, to == "tail", *scales
+    )
+    if kept is None:
+        kept = (indices >= 0).sum(-1)
+    return _left(cache, kept if cache.table is not None and cache.table.ndim == 3 or kept.ndim == 1 else kept[:, 0], to)
 
-    block_size = keys.shape[2]
-    columns = torch.arange(table.shape[1], device=table.device)
-    used = (lengths + block_size - 1) // block_size
-    if from_end:
-        free = columns < ((lengths - kept) // block_size)[:, None]
+
+def _left(cache: ops._Cache, kept: Tensor, to: str) -> PagedCompacted:
+    """What a move has left of the rows' lengths and blocks."""
+    table, lengths = cache.table, cache.lengths
+    assert table is not None and lengths is not None
+    held, before = (x.view(*x.shape, *(1,) * (table.ndim - x.ndim)) for x in (kept, lengths))
+    block_size = cache.keys.shape[2]
+    columns = torch.arange(table.shape[-1], device=table.device)
+    if to == "tail":
+        free = columns < (before - held) // block_size
     else:
-        free = (columns >= ((kept + block_size - 1) // block_size)[:, None]) & (columns < used[:, None])
+        used = (before + block_size - 1) // block_size
+        free = (columns >= (held + block_size - 1) // block_size) & (columns < used)
     return PagedCompacted(kept.to(lengths.dtype), torch.where(free, table, -1))
 
 
@@ -241,6 +247,7 @@ def paged_keydiff_compact(
     sink: int = 0,
     recent: int = 0,
     heads: str = "each",
+    floor: float = 0.2,
     anchor: str | Tensor = "unit",
     to: str = "front",
     preserve_order: bool = True,
@@ -250,9 +257,9 @@ def paged_keydiff_compact(
     """KeyDiff eviction in a paged cache, in place: `paged_scores`, `kvevict.ops.topk_indices` and `paged_compact`.
 
     Args:
-        keep: an int (tokens), a float (share of each request's length), or an int tensor [B], each request's own. A
-            request that is shorter than what it may keep stays whole.
-        sink, recent, heads: as in `topk_indices`.
+        keep: an int (tokens), a float (share of each request's length), or an int tensor of counts, at least 1: [B], or
+            [B, H] with a table per head. A request that is shorter than what it may keep stays whole.
+        sink, recent, heads, floor: as in `topk_indices`; heads="adaptive" with a table per head.
         key_scales, value_scales: as in `paged_compact`. Per-token scales do not change a cosine; anchor="raw" would
             need them, and is refused.
         others: as in the functions it calls.
@@ -263,14 +270,18 @@ def paged_keydiff_compact(
     Raises:
         TypeError, ValueError: as there.
     """
-    keys, values, table, lengths = _checked(key_cache, value_cache, block_tables, lengths, validate.FLOAT_DTYPES)
+    cache = _paged(key_cache, block_tables, lengths, value_cache)
     validate.one_of("to", to, ("front", "tail"))
-    validate.one_of("heads", heads, ("each", "shared"))
-    ops._check_anchor(anchor, _like(keys, table))
-    scales = _check_scales(key_scales, value_scales, keys)
-    if scales is not None and isinstance(anchor, str) and anchor == "raw":
+    validate.flag("preserve_order", preserve_order)
+    ops._check_anchor(anchor, cache)
+    scales = _check_scales(key_scales, value_scales, cache.keys)
+    if key_scales is not None and isinstance(anchor, str) and anchor == "raw":
         raise ValueError("anchor is 'raw': expected 'unit' where there are key_scales")
-    n, kept = _kept(keep, lengths, cache_rows(keys, table)[2], sink, recent)
-    scores = ops._scores(keys, anchor, lengths, table)
-    indices = ops._topk(scores, n, kept, sink, recent, heads, lengths, trusted=True)
-    return _compact(keys, values, table, lengths, indices, kept, to, preserve_order, scales, trusted=True)
+    n, kept = _check_selection(keep, cache, sink, recent, heads, floor)
+    scores = ops._scores(cache, anchor)
+    if preserve_order and heads != "adaptive":
+        assert kept is not None  # there are lengths
+        ops._topk_move(cache, scores, n, kept, sink, recent, heads, to == "tail", *scales)
+        return _left(cache, kept, to)
+    indices = ops._topk(scores, n, kept, sink, recent, heads, cache.lengths, trusted=True, floor=floor)
+    return _compact(cache, indices, None if heads == "adaptive" else kept, to, preserve_order, scales, trusted=True)

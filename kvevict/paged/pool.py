@@ -168,7 +168,9 @@ class PagedPool:
         for request in requests:
             self._used(request)
         keys, values = self.key_cache[layer], self.value_cache[layer]
-        return paged_decode_attention(queries, keys, values, table, lengths, scale=scale)
+        output = paged_decode_attention(queries, keys, values, table, lengths, scale=scale)
+        assert isinstance(output, Tensor)
+        return output
 
     def evict(
         self,

@@ -119,6 +119,7 @@ class Tracker:
             last_used=self.last_used[:, :, :S], step=self.step + 1, threshold=threshold,
         )  # fmt: skip
         self.step += 1
+        assert isinstance(output, Tensor)
         return output
 
     def compacted(self, result: ops.Compacted) -> None:

@@ -1,0 +1,165 @@
+"""Cases of the scorers that read keys, hidden states or other scores."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fuzz import oracle
+from fuzz.checks import Case, lengths_per_row, near, near_row, same, shaped
+from fuzz.drawing import FLOATS, Draw, per_head
+from fuzz.memory import Buffer
+from fuzz.oracle import INF
+
+
+def keydiff_tolerance(keys, anchor_terms: float, anchor: list[float]) -> float:
+    """A mean that cancels leaves the rounding of its terms."""
+    size = oracle.norm(anchor)
+    return INF if size == 0 else 4e-6 + 2e-6 * anchor_terms / size
+
+
+def check_keydiff(got, keys, anchor, S: int, what: str) -> None:
+    """One head's scores against its own keys."""
+    same(got[len(keys) :], [-INF] * (S - len(keys)), f"{what} beyond its length")
+    if not keys:
+        return
+    good = [key for key in keys if oracle.finite(key)]
+    if isinstance(anchor, str):
+        unit = anchor == "unit"
+        mean = oracle.mean_key(keys, unit)
+        terms = 1.0 if unit else max(map(oracle.norm, good), default=0.0)
+        tolerance = keydiff_tolerance(good, terms, mean)
+    else:
+        mean, tolerance = anchor, 4e-6
+    expected = oracle.keydiff(keys, mean)
+    for i, x in enumerate(expected):
+        if tolerance == INF and not math.isnan(x):  # no direction at all: any cosine
+            assert -1.001 <= got[i] <= 1.001, f"{what}[{i}] is {got[i]}"
+        else:
+            near(got[i], x, tolerance, f"{what}[{i}]")
+
+
+def draw_anchor(draw: Draw, B: int, H: int, D: int):
+    if draw.chance(0.7):
+        return draw.choice(("unit", "raw"))
+    return draw.memory.tensor((B, H, D), draw.choice(FLOATS), lambda: draw.gauss() + 0.5, rows=False, expand=True)
+
+
+def head_anchor(anchor, b: int, h: int):
+    return anchor if isinstance(anchor, str) else anchor.lists()[b][h]
+
+
+def keydiff_scores(draw: Draw) -> Case:
+    B, H, S, D = draw.shape()
+    if draw.chance(0.03):
+        B, H, S, D = 1, 1, 1025 + draw.random.randrange(8), 2  # several splits
+    dtype = draw.choice(FLOATS)
+    keys = draw.memory.tensor((B, H, S, D), dtype, draw.gauss, expand=True)
+    lengths = draw.lengths(B, H, S, lengths_per_row())
+    draw.spoil_padding(keys, lengths)
+    draw.spoil_keys(keys)
+    anchor = draw_anchor(draw, B, H, D)
+
+    def check(result, _) -> None:
+        got, rows = shaped(result, (B, H, S), torch.float32), keys.lists()
+        for b, own in enumerate(per_head(lengths, B, H, S)):
+            for h, length in enumerate(own):
+                check_keydiff(got[b][h], rows[b][h][:length], head_anchor(anchor, b, h), S, f"scores[{b}][{h}]")
+
+    return Case(dict(keys=keys, anchor=anchor, lengths=lengths), check, sizes=dict(S=S))
+
+
+def key_norm_scores(draw: Draw) -> Case:
+    B, H, S, D = draw.shape()
+    keys = draw.memory.tensor((B, H, S, D), draw.choice(FLOATS), draw.gauss, expand=True)
+    lengths = draw.lengths(B, H, S, lengths_per_row())
+    draw.spoil_padding(keys, lengths)
+    draw.spoil_keys(keys)
+
+    def check(result, _) -> None:
+        got, rows = shaped(result, (B, H, S), torch.float32), keys.lists()
+        for b, own in enumerate(per_head(lengths, B, H, S)):
+            for h, length in enumerate(own):
+                for i, key in enumerate(rows[b][h][:length]):
+                    x = got[b][h][i]
+                    if oracle.finite(key):
+                        near(x, -oracle.norm(key), 1e-6 + 1e-6 * oracle.norm(key), f"scores[{b}][{h}][{i}]")
+                    else:  # it ranks last
+                        assert math.isnan(x) or x == -INF, f"scores[{b}][{h}][{i}] is {x} for the key {key}"
+                same(got[b][h][length:], [-INF] * (S - length), "scores beyond the length")
+
+    return Case(dict(keys=keys, lengths=lengths), check, sizes=dict(S=S))
+
+
+def mlp_scores(draw: Draw) -> Case:
+    B, S = draw.choice((1, 2, 3)), draw.choice((1, 2, 17, 33, 64))
+    M, N = draw.choice((1, 3, 16, 17, 40)), draw.choice((1, 2, 16, 31, 33))
+    dtype = draw.choice(FLOATS[:3])
+
+    def argument(*shape, rows=False) -> Buffer:
+        return draw.memory.tensor(shape, dtype, draw.gauss, rows, expand=True)
+
+    hidden, w1, b1 = argument(B, S, M, rows=True), argument(N, M), argument(N)
+    w2 = argument(1, N) if draw.chance(0.5) else argument(N)
+    b2 = argument(1) if draw.chance(0.5) else argument()
+
+    def check(result, _) -> None:
+        got = shaped(result, (B, S), torch.float32)
+        wide, bias = w1.lists(), b1.lists()
+        out = w2.lists()[0] if len(w2.shape) == 2 else w2.lists()
+        last = b2.lists()[0] if b2.shape else b2.lists()
+        for b in range(B):
+            for s, row in enumerate(hidden.lists()[b]):
+                terms = [
+                    sum(abs(x * y) for x, y in zip(w, row, strict=True)) + abs(z)
+                    for w, z in zip(wide, bias, strict=True)
+                ]
+                size = sum(abs(w) * t for w, t in zip(out, terms, strict=True)) + abs(last)
+                near(got[b][s], oracle.mlp(row, wide, bias, out, last), 1e-6 + 2e-6 * size, f"scores[{b}][{s}]")
+
+    return Case(dict(hidden=hidden, w1=w1, b1=b1, w2=w2, b2=b2), check)
+
+
+def pool_scores(draw: Draw) -> Case:
+    B, H, S, _ = draw.shape()
+    scores = draw.scores((B, H, S))
+    size, mode = draw.choice((1, 3, 5, 7, 9, 31)), draw.choice(("avg", "max"))
+
+    def check(result, _) -> None:
+        got = shaped(result, (B, H, S), torch.float32)
+        for b in range(B):
+            for h in range(H):
+                row = scores.lists()[b][h]
+                near_row(got[b][h], oracle.pool(row, size, mode), 2e-6 if mode == "avg" else 0.0, f"pooled[{b}][{h}]")
+
+    return Case(dict(scores=scores, kernel_size=size, mode=mode), check)
+
+
+def combine_scores(draw: Draw) -> Case:
+    B, H, S, _ = draw.shape()
+    scale = draw.choice(("rank", "minmax", "l2"))
+    size = draw.choice((1.0, 1.0, 1e20, 1e38, 1e-20))  # no scale overflows or drowns
+
+    def element() -> float:
+        return (
+            draw.choice((0.0, -0.0, 1.0, INF, -INF, math.nan))
+            if draw.chance(0.1)
+            else size * draw.random.uniform(-2, 2)
+        )
+
+    parts = []
+    for _ in range(draw.random.randint(1, 3)):
+        scores = draw.memory.tensor((B, H, S), torch.float32, element, draw.chance(0.9), expand=True)
+        parts.append((draw.choice((1.0, 0.4, 2, -0.5, 0)), scores))
+
+    def check(result, _) -> None:
+        got = shaped(result, (B, H, S), torch.float32)
+        weights = [weight for weight, _ in parts]
+        tolerance = 2e-6 * sum(map(abs, weights))
+        for b in range(B):
+            for h in range(H):
+                rows = [scores.lists()[b][h] for _, scores in parts]
+                near_row(got[b][h], oracle.combine(rows, weights, scale), tolerance, f"combined[{b}][{h}]")
+
+    return Case(dict(parts=parts, scale=scale), check)
