@@ -19,7 +19,7 @@ endif
 PLAIN = KVEVICT_BACKEND=$$($(PY) -c "import torch; print('auto' if torch.cuda.is_available() else 'reference')")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train test test-ptx test-all fuzz mutate test-vllm lint bench quality quality-peers clean
+.PHONY: help setup demo train test test-ptx test-versions test-all fuzz mutate test-vllm lint bench quality quality-peers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -91,6 +91,26 @@ mutate: $(READY) .venv-mutate/.installed  ## which changes of a module no test n
 test-vllm: .venv-vllm/.installed  ## the vLLM plugin in a real engine, in an environment of its own (minutes)
 	.venv-vllm/bin/python -m pytest -p no:cacheprovider tests/test_vllm.py
 
+# Triton at other versions: the oldest that is supported, the pinned one, the newest. Its interpreter needs an older
+# numpy up to 3.6.
+VERSIONS ?= 3.6.0 3.7.1 3.9.0
+SLICE = few_shapes_compile or by_hand or through_strides or tracking_one or padding or ragged_rows
+
+.venv-versions/%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-versions/$*
+	grep -vE '^(triton|numpy)==' constraints.txt > .venv-versions/$*/constraints.txt
+	.venv-versions/$*/bin/python -m pip install --quiet --disable-pip-version-check \
+	    -c .venv-versions/$*/constraints.txt torch triton==$* \
+	    $(if $(filter 3.4.% 3.5.% 3.6.%,$*),'numpy<2.4',numpy) pytest hypothesis setuptools
+	.venv-versions/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+test-versions: $(VERSIONS:%=.venv-versions/%/.installed)  ## a few tests at other versions of Triton (VERSIONS="3.6.0 3.9.0")
+	for version in $(VERSIONS); do .venv-versions/$$version/bin/python -m pytest -p no:cacheprovider -k "$(SLICE)" \
+	    tests/test_compile_matrix.py tests/test_score_keydiff.py tests/test_select_topk.py tests/test_compact_kv.py \
+	    tests/test_decode_attention.py tests/test_score_attention.py || failed="$$failed $$version"; done; \
+	    test -z "$$failed" || { echo "failed with Triton$$failed"; exit 1; }
+
 lint: $(READY)  ## ruff (lint, format) and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -112,5 +132,5 @@ quality-peers: .venv-peers/.installed  ## kvpress beside our policies on the sam
 	KVEVICT_BACKEND=reference PYTHONPATH=. .venv-peers/bin/python -m bench.quality_peers $(QUALITY)
 
 clean:  ## remove the environment and caches, keep fetched models and results
-	rm -rf .venv .venv-peers .venv-vllm .venv-mutate .mutants .installed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* .mutants .installed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

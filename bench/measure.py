@@ -1,13 +1,14 @@
 """One row of results: a case at a point, timed on a GPU; on a CPU counted in the interpreter, and timed in torch.
 
-On a GPU: the median of triton.testing.do_bench over inputs that rotate through more than L2 holds, workspace and
-launches included, with the 20th and 80th percentile as the spread; and once more replayed from a CUDA graph, without
-the launches' cost on the host.
+On a GPU: the median between CUDA events over inputs that rotate through more than L2 holds, workspace and launches
+included, with the 20th and 80th percentile as the spread; and once more replayed from a CUDA graph, without the cost of
+launches on the host. Before every round the inputs are what they were: of a cache that was compacted in place once,
+fewer rows move.
 On a CPU: the bytes that the kernels ask for, the time they would take at a stated bandwidth, and the times of the
 reference and of the eager peers in torch on this CPU.
 """
 
-import itertools
+import functools
 import statistics
 import time
 
@@ -53,33 +54,75 @@ def agrees(case, point, device):
     return torch.allclose(ours.float(), reference.float(), rtol=2e-2, atol=2e-3)
 
 
+class Inputs:
+    """Sets of inputs that together are more than L2 holds, and what they were before a call wrote to them."""
+
+    def __init__(self, case, point, device):
+        size = sum(x.nbytes for x in case.inputs(point, device))
+        self.sets = [case.inputs(point, device) for _ in range(max(2, -(-L2 // size)))]
+        self._fresh = [x.clone() for x in self.sets[0]]
+        for inputs in self.sets[1:]:  # one copy serves all: their values may be the same
+            self._restore(inputs)
+
+    def _restore(self, inputs):
+        for x, fresh in zip(inputs, self._fresh, strict=True):
+            x.copy_(fresh)
+
+    def restore(self):
+        for inputs in self.sets:
+            self._restore(inputs)
+
+
+def _between_events(calls, restore, seconds=0.1):
+    """Median, 20th and 80th percentile of the seconds that one of `calls` takes; inputs are restored before every round."""
+    times, spent = [], 0.0
+    while len(times) < 3 * len(calls) or spent < seconds:
+        restore()
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls]
+        for call, (start, end) in zip(calls, events, strict=True):
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        times += [start.elapsed_time(end) / 1e3 for start, end in events]
+        spent = sum(times)
+    low, median, high = (statistics.quantiles(times, n=10)[i] for i in (1, 4, 7))
+    return dict(seconds=median, low=low, high=high)
+
+
+def _graph_of(call):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def on_gpu(case, point, roofs):
-    from triton.testing import do_bench, do_bench_cudagraph
+    inputs = Inputs(case, point, "cuda")
+    restore = inputs.restore
 
-    size = sum(x.nbytes for x in case.inputs(point, "cuda"))
-    sets = [case.inputs(point, "cuda") for _ in range(max(2, -(-L2 // size)))]
-    turn = itertools.cycle(sets)
+    def calls(function):
+        return [functools.partial(function, point, *each) for each in inputs.sets]
 
-    def timed(function, bench=do_bench):
-        # Inputs are drawn by calls, so in a graph as well every captured call has its own.
-        median, low, high = bench(lambda: function(point, *next(turn)), quantiles=[0.5, 0.2, 0.8])
-        return dict(seconds=median / 1e3, low=low / 1e3, high=high / 1e3)
+    def timed(function):
+        function(point, *inputs.sets[0])  # compiles
+        return _between_events(calls(function), restore)
 
-    case.run(point, *next(turn))  # compiles
+    row = timed(case.run)
+    restore()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    result = case.run(point, *next(turn))
+    result = case.run(point, *inputs.sets[0])
     extra = torch.cuda.max_memory_allocated() - before
     floor = case.floor(point, result)
-    row = timed(case.run)
     row |= dict(
         floor_bytes=floor.bytes,
         operations=floor.operations,
         share=roof_seconds(floor, roofs) / row["seconds"],
-        graph_seconds=timed(case.run, do_bench_cudagraph)["seconds"],
+        graph_seconds=_between_events([_graph_of(call) for call in calls(case.run)], restore)["seconds"],
         extra_bytes=extra,
-        kernels=kernel_seconds(lambda: case.run(point, *next(turn))),
+        kernels=kernel_seconds(calls(case.run), restore),
         peers={name: _peer(peer, timed) for name, peer in case.peers.items()},
     )
     return row
@@ -95,15 +138,17 @@ def _peer(peer, timed):
         return dict(missing=str(error).splitlines()[0][:120])
 
 
-def kernel_seconds(function, calls=10):
+def kernel_seconds(calls, restore):
     """Seconds per call of each kernel, from torch's profiler."""
     from torch.profiler import ProfilerActivity, profile
 
+    restore()
+    torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(calls):
-            function()
+        for call in calls:
+            call()
         torch.cuda.synchronize()
-    return {event.key: event.device_time_total / 1e6 / calls for event in profiler.key_averages()}
+    return {event.key: event.device_time_total / 1e6 / len(calls) for event in profiler.key_averages()}
 
 
 def on_cpu(case, point, roofs):
@@ -115,8 +160,9 @@ def on_cpu(case, point, roofs):
     def timed(function):
         times = []
         for _ in range(5):
+            fresh = [x.clone() for x in inputs]  # a call may write to them
             start = time.perf_counter()
-            function(point, *inputs)
+            function(point, *fresh)
             times.append(time.perf_counter() - start)
         return dict(seconds=statistics.median(times), low=min(times), high=max(times))
 

@@ -7,7 +7,7 @@ of what bounds it, over its waves.
     issue    warp instructions against four issue slots a cycle and multiprocessor, and against each pipe's width
     latency  one warp alone: its instructions in order, with the stalls and barriers of their control bits
     memory   bytes that must come from or go to HBM
-    L2       bytes asked for
+    L2       bytes asked for by wide loads and stores
 
 A wave is as many programs as fit the device by registers, shared memory and warps; the last one may be smaller. A gap
 is added to every launch.
@@ -184,7 +184,7 @@ class LaunchCost:
     programs_fit: int  # on one multiprocessor
     waves: int
     bytes: float  # of HBM
-    asked_bytes: float  # of anything
+    asked_bytes: float  # by loads and stores of 8 bytes a lane and more
     in_flight_bytes: int  # of a multiprocessor: of the loads of the programs that it holds
     instructions: float  # of all warps
     seconds: float
@@ -219,7 +219,7 @@ def launch_cost(
     """`caches`, `warm`: see memory_accesses; `known`: see trips.executed."""
     run = executed(launch, machine_code.sass(launch.compiled), known)
     hbm, from_memory = memory_accesses(run, device, caches, set() if warm is None else warm)
-    asked = sum(access.bytes for access in run.accesses)
+    asked = sum(access.bytes for access in run.accesses if access.lane_bytes >= 8)  # narrow ones are mostly broadcasts
     fit = device.fit(launch.warps, machine_code.registers(launch.compiled), launch.compiled.metadata.shared)
     cycles, under_way = alone(run, device, from_memory)
     pipes = pipe_cycles(run)

@@ -342,6 +342,7 @@ class Access:
     ptx_line: int
     tensor: torch.Tensor
     kind: str  # "read" or "write"
+    lane_bytes: int
     bytes: float  # of the whole launch; lanes that a mask switches off count as well
 
 
@@ -375,15 +376,15 @@ def _accesses(launch: Launch, program: Program, runs: Counter) -> list[Access]:
             if statement.opcode.startswith("cp.async.c") and "global" in parts:
                 size, kind, address = int(statement.operands[2], 0), "read", statement.operands[1]
             elif parts[0] in ("ld", "st") and "global" in parts:
-                lanes = next((int(part[1:]) for part in parts if re.fullmatch(r"v\d", part)), 1)
-                size = lanes * int(re.sub(r"\D", "", parts[-1])) // 8
+                vector = next((int(part[1:]) for part in parts if re.fullmatch(r"v\d", part)), 1)
+                size = vector * int(re.sub(r"\D", "", parts[-1])) // 8
                 kind, address = (
                     ("read", statement.operands[1]) if parts[0] == "ld" else ("write", statement.operands[0])
                 )
             else:
                 continue
-            size *= 32 * launch.warps * launch.programs
-            found.append(Access(statement.line, tensor(address), kind, size * runs[block]))
+            lanes = 32 * launch.warps * launch.programs
+            found.append(Access(statement.line, tensor(address), kind, size, size * lanes * runs[block]))
     return found
 
 
@@ -398,7 +399,10 @@ class Executed:
 
 
 def executed(launch: Launch, code: list[Instruction], known=()) -> Executed:
-    """`known`: integer tensors whose values decide how far loops go (lengths)."""
+    """How often each instruction of a launch's machine code runs.
+
+    `known`: integer tensors whose values decide how far loops go (lengths).
+    """
     program = parse(launch.compiled.asm["ptx"], launch.folder)
     deciding = _deciding(program)
     sizes = {name: value for name, value in launch.arguments.items() if isinstance(value, int)}

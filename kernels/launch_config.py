@@ -226,9 +226,10 @@ def decode_config(
     block_dim = head_chunk(head_dim, element_size)
     # A wider V is cut into columns for several programs, which share K through L2: no accumulator spills.
     block_value_dim = min(max(next_power_of_2(value_dim), 16), 256)
-    # 64 rows of 128 sums over 128 threads: 64 registers of them each; float32 operands want registers as well. At
-    # least 16, tl.dot's least; one size for a decode step, one for everything longer.
-    most_rows = 64 if element_size < 4 and max(block_value_dim, block_dim) <= 128 else 32 if element_size < 4 else 16
+    # 32 rows of 128 sums over 128 threads: 32 registers of them each, beside as many of logits and weights (64 rows
+    # spill); float32 operands want registers as well. At least 16, tl.dot's least; one size for a decode step, one for
+    # everything longer.
+    most_rows = 32 if element_size < 4 else 16
     block_rows = 16 if query_rows <= 16 else most_rows
     # K and V tiles of 16 KiB each in 16 bits: three stages of both fit beside each other.
     block_tokens = max(16, min(64, 16 * 1024 // (max(block_dim, block_value_dim) * max(element_size, 2))))

@@ -175,25 +175,16 @@ def _add_queries(
 ):  # fmt: skip
     """Add the weights of the query rows [begin, end) to `sums` [tokens, rows of a tile]. MASKED: some keys are later
     than some of these queries."""
-    # Where a tile holds whole queries, the next one's addresses are a constant step away.
-    STEPS: tl.constexpr = BLOCK_R % G == 0
-    rows = begin + tl.arange(0, BLOCK_R)
-    query_pointers = group_rows_at(queries, b, h, rows, rows < valid * G, G)
-    lse_pointers = lse_ptr + (rows % G) * lse_stride_h + rows // G
     for start in range(begin, end, BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
         is_query = rows < valid * G
-        if not STEPS:
-            query_pointers = group_rows_at(queries, b, h, rows, is_query, G)
-            lse_pointers = lse_ptr + (rows % G) * lse_stride_h + rows // G
+        query_pointers = group_rows_at(queries, b, h, rows, is_query, G)
+        lse_pointers = lse_ptr + (rows % G) * lse_stride_h + rows // G
         # Padding rows have an infinite LSE, so their weights are 0.
         lse = tl.load(lse_pointers, mask=is_query, other=float("inf")) * _LOG2_E
         logits = scale * product(
             key, keys, key_pointers, is_key, queries, query_pointers, is_query, BLOCK_D, COMPUTE
         )  # fmt: skip
-        if STEPS:
-            query_pointers += (BLOCK_R // G) * (queries.stride_s * queries.align)
-            lse_pointers += BLOCK_R // G
         weights = tl.exp2(logits - lse[None, :])
         if MASKED:
             weights = tl.where(tokens[:, None] <= offset + (rows // G)[None, :], weights, 0.0)

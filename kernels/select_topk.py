@@ -22,7 +22,7 @@ all of its programs run at once; elsewhere, and in the interpreter, where they r
 round. 256 bins, because tl.histogram spends work per warp in proportion to the bins.
 
 Shapes: scores [B, H, S] float32, last dimension contiguous; out [B, H or 1, n] int64, -1 beyond a row's own count.
-Bytes per row: 4·S once (registers), or five times, from L2 after the first; 8·n written. Runs add
+Bytes per row: 4·S twice (registers), or five times, from L2 after the first; 8·n written. Runs add
 splits² · 256 · 4 bytes of histograms a round, all in L2. Each histogram has one owner, so the result cannot depend on
 the order in which programs run.
 Launch: 1; for long rows without cooperative launches 5; 1 more for heads="shared". Adaptive: two selections and 1 more.
@@ -36,7 +36,9 @@ from .launch_config import cdiv, multiprocessors, select_config
 from .primitives import INTERPRETED, count_below, descending_key
 from .rows import per_row, row_length
 
-_LENGTH_DEPENDENT = ["S", "H", "n", "sink", "recent", "splits", "chunk", "stride_b", "stride_h", "clear_size"]
+_LENGTH_DEPENDENT = [
+    "S", "H", "n", "sink", "recent", "splits", "chunk", "stride_b", "stride_h", "out_stride", "clear_size",
+]  # fmt: skip
 _KEEP, _EVICT, _MARK = (tl.constexpr(mode) for mode in range(3))
 _BEST, _WORST = tl.constexpr(-0x80000000), tl.constexpr(0x7FFFFFFF)  # no score has the one, NaN has the other
 _DIGIT_BINS = tl.constexpr(256)
@@ -68,23 +70,13 @@ def _row_bounds(lengths, keep, b, h, S, n, sink, recent, MODE: tl.constexpr):
 
 
 @triton.jit
-def _load_keys(row_ptr, tokens, end, first, last, ALIGNED: tl.constexpr):
+def _load_keys(row_ptr, tokens, end, first, last):
     """Keys of a tile of tokens, and which of them compete: those in [first, last). The others have the worst key."""
-    if ALIGNED:
-        end = end // 4 * 4  # what it is already: now the compiler knows that four scores are one load
     values = tl.load(row_ptr + tokens, mask=tokens < end, other=0)
     if row_ptr.dtype.element_ty == tl.float32:
         values = descending_key(values)
     competes = (tokens >= first) & (tokens < tl.minimum(last, end))
     return tl.where(competes, values, _WORST), competes
-
-
-@triton.jit
-def _row_ptr(scores_ptr, b, h, stride_b, stride_h, ALIGNED: tl.constexpr):
-    offset = b * stride_b + h * stride_h
-    if ALIGNED:
-        offset = offset // 4 * 4
-    return scores_ptr + offset
 
 
 @triton.jit
@@ -108,12 +100,12 @@ def _kth_key(keys, need):
 @triton.jit
 def _write(
     row_ptr, begin, end, out_ptr, n, length, written, first, last, kth, ties, better_before, ties_before,
-    BLOCK: tl.constexpr, MODE: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Write what is asked for of the tokens [begin, end), given how many better and tied candidates lie before them."""
     for start in range(begin, end, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        keys, competes = _load_keys(row_ptr, tokens, end, first, last, ALIGNED)
+        keys, competes = _load_keys(row_ptr, tokens, end, first, last)
         better = competes & (keys < kth)
         tied = competes & (keys == kth)
         packed = better.to(tl.int32) | (tied.to(tl.int32) << 16)  # one prefix sum of both: a tile's tokens fit 16 bits
@@ -164,25 +156,25 @@ def mean_heads_kernel(scores_ptr, out_ptr, S, H, stride_b, stride_h, splits, BLO
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def select_row_kernel(
     scores_ptr, lengths, keep, out_ptr, clear_ptr, clear_size, S, H, n, sink, recent, stride_b, stride_h, out_stride,
-    HELD: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr, ALIGNED: tl.constexpr,
+    HELD: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, h = row // H, row % H
     length, written, need, first, last = _row_bounds(lengths, keep, b, h, S, n, sink, recent, MODE)
-    row_ptr = _row_ptr(scores_ptr, b, h, stride_b, stride_h, ALIGNED)
-    keys, _ = _load_keys(row_ptr, tl.arange(0, HELD), S, first, last, ALIGNED)
+    row_ptr = scores_ptr + b * stride_b + h * stride_h
+    keys, _ = _load_keys(row_ptr, tl.arange(0, HELD), S, first, last)
     kth, better = _kth_key(keys, need)
     none = tl.full([], 0, tl.int32)  # nothing lies before the row
     _write(
         row_ptr, 0, S, out_ptr + row * out_stride, n, length, written, first, last, kth, need - better, none, none,
-        BLOCK, MODE, ALIGNED,
+        BLOCK, MODE,
     )  # fmt: skip
     _clear(clear_ptr, clear_size, BLOCK)
 
 
 @triton.jit
 def _count_digits(
-    row_ptr, begin, end, first, last, prefix, ROUND: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
+    row_ptr, begin, end, first, last, prefix, need, ROUND: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Histogram of a run's ROUND-th byte over the candidates whose more significant bytes equal `prefix`, and how many
     candidates have a better (smaller) prefix."""
@@ -190,14 +182,15 @@ def _count_digits(
     better = tl.zeros([BLOCK], tl.int32)
     for start in range(begin, end, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        keys, competes = _load_keys(row_ptr, tokens, end, first, last, ALIGNED)
+        keys, competes = _load_keys(row_ptr, tokens, end, first, last)
         if ROUND == 0:
             digits = (keys >> 24) + 128  # the sign bit makes the first byte signed
         else:
             digits = (keys >> (24 - 8 * ROUND)) & 255
             better += (competes & ((keys >> (32 - 8 * ROUND)) < prefix)).to(tl.int32)
             competes = competes & ((keys >> (32 - 8 * ROUND)) == prefix)
-        counts += tl.histogram(digits, _DIGIT_BINS, mask=competes)
+        if need > 0:
+            counts += tl.histogram(digits, _DIGIT_BINS, mask=competes)
     return counts, tl.sum(better, 0)
 
 
@@ -224,10 +217,12 @@ def _sum_counts(histograms_ptr, row, split, splits, ROUND: tl.constexpr):
 
 @triton.jit
 def _next_digit(counts, prefix, need, ROUND: tl.constexpr):
-    """The prefix one byte longer, and how many keys with exactly that prefix are still needed."""
+    """The prefix one byte longer, and how many keys with exactly that prefix are still needed: none, if the keys below
+    it are just as many as are needed. Then it is longer by zeros only, and nothing has to be counted any more."""
     below = tl.cumsum(counts, 0)
-    digit = tl.sum((below < need).to(tl.int32), 0)
-    need -= tl.max(tl.where(below < need, below, 0), 0)
+    passed = (below <= need) & (tl.arange(0, _DIGIT_BINS) < _DIGIT_BINS - 1)
+    digit = tl.where(need > 0, tl.sum(passed.to(tl.int32), 0), 0)
+    need -= tl.max(tl.where(passed, below, 0), 0)
     if ROUND == 0:
         prefix = digit - 128
     else:
@@ -264,21 +259,21 @@ def _meet(meeting_ptr, split, splits, ROUND: tl.constexpr):
 def _run_round(
     row_ptr, histograms_ptr, states_ptr, better_ptr, out_ptr, row, split, splits, chunk, S, n,
     length, written, need, first, last,
-    ROUND: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr, ALIGNED: tl.constexpr,
+    ROUND: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     prefix = 0
     if ROUND > 0:
         counts, counts_before = _sum_counts(histograms_ptr, row, split, splits, ROUND - 1)
         state_ptr = _state_ptr(states_ptr, row, ROUND - 1)
         prefix, need = _next_digit(counts, tl.load(state_ptr), tl.load(state_ptr + 1), ROUND - 1)
-    begin = split * (chunk // BLOCK * BLOCK)  # chunk is a multiple: now the compiler knows
+    begin = split * chunk
     end = tl.minimum(begin + chunk, S)
     if ROUND < _WRITE:
         if split == 0:
             state_ptr = _state_ptr(states_ptr, row, ROUND)
             tl.store(state_ptr, prefix)
             tl.store(state_ptr + 1, need)
-        counts, better = _count_digits(row_ptr, begin, end, first, last, prefix, ROUND, BLOCK, ALIGNED)
+        counts, better = _count_digits(row_ptr, begin, end, first, last, prefix, need, ROUND, BLOCK)
         offsets = ((row * 4 + ROUND) * splits + split) * _DIGIT_BINS + tl.arange(0, _DIGIT_BINS)
         tl.store(histograms_ptr + offsets, counts)
         if ROUND == 3:
@@ -293,7 +288,7 @@ def _run_round(
         ties_before = tl.sum(tl.where(bins == digit, counts_before, 0), 0)
         _write(
             row_ptr, begin, end, out_ptr, n, length, written, first, last, prefix, need, better_before, ties_before,
-            BLOCK, MODE, ALIGNED,
+            BLOCK, MODE,
         )  # fmt: skip
 
 
@@ -301,14 +296,14 @@ def _run_round(
 def select_runs_kernel(
     scores_ptr, lengths, keep, out_ptr, clear_ptr, clear_size, histograms_ptr, states_ptr, better_ptr, meeting_ptr,
     S, H, n, sink, recent, stride_b, stride_h, out_stride, splits, chunk,
-    FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr, ALIGNED: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Rounds FIRST to LAST. More than one: all programs of a row run at once, or it has one."""
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     b, h = row // H, row % H
     length, written, need, first, last = _row_bounds(lengths, keep, b, h, S, n, sink, recent, MODE)
-    row_ptr = _row_ptr(scores_ptr, b, h, stride_b, stride_h, ALIGNED)
+    row_ptr = scores_ptr + b * stride_b + h * stride_h
     if FIRST == 0:
         _clear(clear_ptr, clear_size, BLOCK)
     for ROUND in tl.static_range(FIRST, LAST + 1):
@@ -319,7 +314,7 @@ def select_runs_kernel(
                 _meet(meeting_ptr + row * 2, split, splits, ROUND)
         _run_round(
             row_ptr, histograms_ptr, states_ptr, better_ptr, out_ptr + row * out_stride, row, split, splits, chunk,
-            S, n, length, written, need, first, last, ROUND, BLOCK, MODE, ALIGNED,
+            S, n, length, written, need, first, last, ROUND, BLOCK, MODE,
         )  # fmt: skip
 
 
@@ -411,11 +406,9 @@ def _select(scores, keep, n: int, sink: int, recent: int, lengths, out, clear, m
     B, H, S = scores.shape
     rows = B * H
     config = select_config(rows, S, multiprocessors(scores.device))
-    strides = scores.stride()[:2]
     arrays = (scores, per_row(lengths), per_row(keep), out, clear, 0 if clear is None else clear.numel())
-    sizes = (S, H, n, sink, recent, *strides, out.stride(1))
-    aligned = scores.data_ptr() % 16 == 0 and all(x % 4 == 0 for x in (S, *strides))
-    options = dict(BLOCK=config.block, MODE=mode, ALIGNED=aligned, num_warps=config.num_warps)
+    sizes = (S, H, n, sink, recent, *scores.stride()[:2], out.stride(1))
+    options = dict(BLOCK=config.block, MODE=mode, num_warps=config.num_warps)
     if config.held:
         select_row_kernel[(rows,)](*arrays, *sizes, HELD=config.held, **options)
         return

@@ -54,7 +54,10 @@ class Compacted(NamedTuple):
 def keydiff_scores(keys: Tensor, *, anchor: str | Tensor = "unit", lengths: Tensor | None = None) -> Tensor:
     """KeyDiff scores: how unlike the mean key each key is. Higher means keep.
 
-    score_i = -cos(k_i, a). Park et al., "KeyDiff" (arXiv 2504.15364), equation 4. A zero key scores 0.
+    score_i = -cos(k_i, a). Park et al., "KeyDiff" (arXiv 2504.15364), equation 4. A zero key scores 0. A key with an
+    element that is not finite scores NaN, which ranks last, and is neither in the mean nor in its count; without any
+    finite key all scores are NaN. Keys of any finite norm are scored by the formula, with torch's epsilons (1e-12 for
+    unit keys, 1e-8 for the cosine). Scores of the same keys in another memory layout agree to 1e-6.
 
     Args:
         keys: [B, H, S, D], after RoPE.

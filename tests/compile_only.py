@@ -62,6 +62,14 @@ def launch_select(S):
     backend.pool_scores(torch.empty(2, 4, S), 5, True, torch.empty(2, 4, S))
 
 
+def launch_adaptive(S):
+    from kvevict.backends import triton as backend
+
+    backend.topk_adaptive(
+        torch.empty(2, 4, S), S // 2, None, (1, 5), 1, 1, None, torch.empty(2, 4, S, dtype=torch.int64)
+    )
+
+
 def launch_moves(S, D, dtype, offset=0):
     from kvevict.backends import triton as backend
 
@@ -158,6 +166,7 @@ def matrix(target: str, rows, tiles, paged) -> None:
     launch_mlp(4096, 576, torch.bfloat16)
     launch_select(4096)
     launch_select(131072)
+    launch_adaptive(4096)
 
 
 def variants(target: str) -> None:

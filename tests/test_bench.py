@@ -16,6 +16,7 @@ import kvevict
 from bench import compare, measure, report
 from bench.cases import ALL
 from bench.traffic import counted
+from kvevict.paged import paged_decode_attention, paged_keydiff_compact
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="counts in Triton's interpreter")
 
@@ -96,15 +97,43 @@ def test_compare_flags_changes_beyond_the_spread(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("S", "options", "launches", "fills"),
-    [(512, {}, 3, 1), (1024, {}, 4, 1), (8192, {}, 4, 1), (16384, {}, 8, 1), (512, dict(heads="shared"), 4, 1),
-     (512, dict(preserve_order=False), 4, 0), (512, dict(inplace=False), 3, 0)],
+    [(512, {}, 3, 0), (1024, {}, 4, 0), (8192, {}, 4, 0), (16384, {}, 8, 0), (512, dict(heads="shared"), 4, 0),
+     (512, dict(preserve_order=False), 4, 0), (512, dict(inplace=False), 3, 0), (512, dict(heads="adaptive"), 5, 1)],
     ids=str,
 )  # fmt: skip
 def test_launches_of_keydiff_compact(S, options, launches, fills):
+    """Of rows too long for one program a GPU selects in one launch; the interpreter takes five, a round each."""
     keys, values = (torch.randn(1, 2, S, 16) for _ in range(2))
     with kvevict.backend("triton"), counted() as traffic:
         kvevict.keydiff_compact(keys, values, keep=0.5, **options)
     assert (traffic.launches, traffic.fills) == (launches, fills)
+
+
+def test_inputs_are_restored_between_rounds(monkeypatch):
+    """A cache that was compacted in place has its kept rows in front: fewer would move in the next run."""
+    monkeypatch.setattr(measure, "L2", 0)
+    (case,) = [case for case in ALL if case.name == "keydiff_compact"]
+    point = replace(case.points(False, True)[0], S=64, D=16)
+    inputs = measure.Inputs(case, point, "cpu")
+    before = [x.clone() for x in inputs.sets[0]]
+    for each in inputs.sets:
+        case.run(point, *each)
+        assert not torch.equal(each[0], before[0])
+    inputs.restore()
+    assert all(torch.equal(x, y) for each in inputs.sets for x, y in zip(each, before, strict=True))
+
+
+def test_launches_of_paged_calls_with_their_checks():
+    cache = torch.randn(2, 8, 16, 2, 16)
+    table, lengths = torch.arange(8, dtype=torch.int32).view(2, 4), torch.tensor([60, 33])
+    query = torch.randn(2, 4, 1, 16)
+    for expected in (3, 2):  # table and lengths are checked in one launch, and not again while they stay the same
+        with kvevict.backend("triton"), counted() as traffic:
+            paged_decode_attention(query, *cache, table, lengths)
+        assert (traffic.launches, traffic.fills) == (expected, 0)
+    with kvevict.backend("triton"), counted() as traffic:
+        paged_keydiff_compact(*cache, table, lengths, keep=0.5)
+    assert (traffic.launches, traffic.fills) == (4, 0)  # the check that no block is shared, score, select, move
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ READS_ROWS = {
 }  # fmt: skip
 TILES = {"attention_lse_kernel", "attention_mass_kernel", "decode_run_kernel", "mlp_scores_kernel"}
 KERNELS = READS_ROWS | TILES | {
-    "fill_holes_kernel", "select_row_kernel", "count_digits_kernel", "write_kept_kernel", "mean_heads_kernel",
+    "fill_holes_kernel", "select_row_kernel", "select_runs_kernel", "split_heads_kernel", "mean_heads_kernel",
     "pool_scores_kernel", "merge_lse_kernel", "merge_decode_kernel", "track_kernel",
 }  # fmt: skip
 

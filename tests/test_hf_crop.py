@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-import transformers
 
 pytest.importorskip("transformers")
 
+import transformers
 from test_hf import (  # noqa: F401
     by_hand,
     generate,
@@ -27,7 +27,10 @@ from kvevict.policies import RECOMMENDED, TOVA, AttentionMass, KeyDiff, Pyramid,
 HELP = dict(
     assistant=lambda: dict(assistant_model=tiny(seed=5)),
     itself=lambda: dict(assistant_model=tiny()),  # every guess is right
-    lookup=lambda: dict(prompt_lookup_num_tokens=10),
+    lookup=lambda: dict(prompt_lookup_num_tokens=10, eos_token_id=1000),  # 5.0 fails where there is none
+)
+judged_first = pytest.mark.skipif(
+    not hasattr(transformers.Cache, "activate_past_recording"), reason="older versions do not say that they will crop"
 )
 
 
@@ -51,7 +54,8 @@ def test_assisted_decoding_says_what_greedy_says(ours, plain, helper, mode):  # 
 def speculate(model, cache, ids, expected, wrong):
     """Decoding by guesses, of which the first ones are right and `wrong` are not. (transformers' own would read a
     prompt again that is cached already, into a DynamicCache too.)"""
-    cache.activate_past_recording()
+    if hasattr(cache, "activate_past_recording"):
+        cache.activate_past_recording()
     said = ids
     while said.shape[1] < expected.shape[1]:
         right = expected[:, said.shape[1] : said.shape[1] + 2]
@@ -82,6 +86,7 @@ def test_decoding_by_guesses_over_an_evicted_cache_says_what_greedy_says(ours, p
     assert lengths(cache) == [(said.shape[1] - 1, 40 + said.shape[1] - 80)] * 3
 
 
+@judged_first
 def test_the_first_round_of_assisted_decoding_sees_the_whole_prompt(plain):  # noqa: F811
     """The prompt is cut when its first guesses have been judged: with those that were right, without the others."""
     ids = repetitive(80)
@@ -96,6 +101,7 @@ def test_the_first_round_of_assisted_decoding_sees_the_whole_prompt(plain):  # n
         assert torch.equal(said, by_hand(plain, whole, policy, 0.5, new=24 - right))
 
 
+@judged_first
 def test_more_candidates_than_recent_tokens(plain, ours, caplog):  # noqa: F811
     """Guesses are judged before eviction, so it takes nothing that must be given back."""
     ids = repetitive(120)
@@ -243,6 +249,6 @@ def test_a_sliding_window_that_cannot_be_cropped_refuses_for_all():
     with torch.no_grad():
         model(prompt(60), past_key_values=cache)
     before = lengths(cache)
-    with pytest.raises(RuntimeError, match="crop"):
+    with pytest.raises((RuntimeError, ValueError), match="crop"):
         cache.crop(-3)
     assert lengths(cache) == before

@@ -5,13 +5,13 @@ import logging
 
 import pytest
 import torch
-import transformers
 from conftest import DEVICE
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("transformers")
 
+import transformers
 from test_hf import BATCH, generate, learned, padded, prompt, reference_backend, tiny  # noqa: F401
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvevict.hf import EvictingCache
 from kvevict.hf import attention as our_attention

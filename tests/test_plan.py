@@ -146,7 +146,7 @@ def test_bytes_are_those_of_real_caches(family):
     plan = kvevict.plan(config, context=200, batch=3, dtype="float32", keep=0.25)
     assert plan.weights == sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
     ids = torch.randint(1, 64, (3, 200))
-    whole, cut = transformers.DynamicCache(config=config), EvictingCache(config, keep=0.25)
+    whole, cut = transformers.DynamicCache(config=config), EvictingCache(model, keep=0.25)
     with kvevict.backend("reference"):
         for cache in (whole, cut):
             model(ids, past_key_values=cache)

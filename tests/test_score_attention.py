@@ -227,3 +227,12 @@ def test_cuda_graph():
     got.zero_()
     graph.replay()
     assert torch.equal(got, expected)
+
+
+def test_a_nan_key_is_seen_by_every_reduction():
+    keys, queries = torch.randn(1, 2, 40, 16, device=DEVICE), torch.randn(1, 4, 8, 16, device=DEVICE)
+    lse = torch.zeros(1, 4, 8, device=DEVICE)
+    keys[0, 1, 3, 5] = float("nan")
+    for reduce in ("max", "sum", "square"):
+        for mass in both(lambda r=reduce: kvevict.attention_mass(queries, keys, lse=lse, reduce=r)):
+            assert mass.isnan().nonzero().tolist() == [[0, 1, 3]]

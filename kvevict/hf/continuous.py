@@ -15,9 +15,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import ContinuousBatchingConfig
-from transformers.generation.continuous_batching import cache as transformers_cache
-from transformers.generation.continuous_batching.cache_allocators import FULL_ATTENTION, FullAttentionCacheAllocator
+
+try:
+    from transformers import ContinuousBatchingConfig
+    from transformers.generation.continuous_batching import cache as transformers_cache
+    from transformers.generation.continuous_batching.cache_allocators import FULL_ATTENTION, FullAttentionCacheAllocator
+except ImportError as error:
+    raise ImportError("kvevict.hf.continuous is written for the continuous batching of transformers 5.23") from error
 
 from kvevict import validate
 from kvevict.paged import paged_compact
@@ -135,7 +139,7 @@ def generate_batch(
             raise ValueError(f"{name} is {getattr(config, name)}: expected it off, because requests are cut in between")
     config = replace(config, use_async_batching=False, use_cuda_graph=False)
     ours = type("ConfiguredAllocator", (EvictingAllocator,), dict(policy=policy, budget=budget, interval=interval))
-    allocators = transformers_cache.ATTN_TYPE_TO_ALLOCATOR
+    allocators: dict[str, Any] = transformers_cache.ATTN_TYPE_TO_ALLOCATOR
     before = allocators[FULL_ATTENTION]
     allocators[FULL_ATTENTION] = ours
     try:

@@ -1,8 +1,8 @@
 """A launch: programs side by side, interleaved at their accesses of global memory.
 
 Without a seed they run one after another, in order; where all that have started wait, the next one starts. With a seed
-they start in random order and are preempted at random, some of them for long. Memory is sequentially consistent; what a weaker one would
-break is found by the order of accesses instead (races.py).
+they start in random order and are preempted at random, some of them for long. Memory is sequentially consistent; what
+a weaker one would break is found by the order of accesses instead (races.py).
 """
 
 from collections.abc import Callable

@@ -202,6 +202,24 @@ def test_ragged_selection(kind, S):
         assert_same("evict_slots", scores, 2, 3, lengths, unwritten(2, 2, n, dtype=torch.int64), out=[4])
 
 
+@pytest.mark.parametrize("kind, S", matrix(KINDS, (5, 100, 5000), quick=[("odd", 5), ("ties", 100)]))
+def test_selection_over_heads(kind, S):
+    scores = scores_of(kind, 2, 3, S)
+    lengths = torch.tensor([[S, S // 2, 1], [S // 2 + 1, S, S]], dtype=torch.int32)
+    for n, sink, recent, ragged in ((S // 3 + 1, 0, 0, False), (S // 2, 1, 1, True)):
+        arguments = (scores, n, None, (1, 2), sink, recent, lengths if ragged else None)
+        assert_same("topk_adaptive", *arguments, unwritten(2, 3, S, dtype=torch.int64), out=[7])
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "length", "block"])
+def test_rows_are_checked(wrong):
+    _, table = pages(2, 1, 100, 8, FP32)
+    lengths = torch.tensor([100, 67 if wrong != "length" else 113], dtype=torch.int32)
+    table[1, 6] = 10**6 if wrong == "nothing" else 3  # beyond 67 tokens: not looked at
+    table[0, 6] = -1 if wrong == "block" else 3
+    assert_same("check_rows", lengths, 112, table, 19, 16, torch.ones(1, dtype=torch.bool), out=[5])
+
+
 # Moves
 
 
@@ -247,4 +265,5 @@ def test_paged(dtype, D):
 
 def test_no_kernel_is_missing():
     here = pathlib.Path(__file__).read_text()
-    assert [op for op in kernels.__all__ if f'"{op}"' not in here] == []
+    launchers = set(kernels.__all__) - {"move_flags"}  # that one launches nothing
+    assert [op for op in launchers if f'"{op}"' not in here] == []

@@ -4,6 +4,8 @@ import re
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import ptx
 from kvevict.backends import triton as kernels
@@ -20,8 +22,18 @@ def move():
     kernels.move_rows(normal(1, 1, S, D), normal(1, 1, S, D), slots, True)
 
 
-def keydiff():
-    kernels.keydiff_scores(normal(1, 1, S, D), None, True, None, torch.empty(1, 1, S))
+@triton.jit
+def variance_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """Two sums over all warps, the second of what the first one gives."""
+    offsets = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets, mask=offsets < n, other=0.0)
+    mean = tl.sum(x, 0) / n
+    x = tl.where(offsets < n, x - mean, 0.0)
+    tl.store(out_ptr + offsets, x * x / tl.sum(x * x, 0), mask=offsets < n)
+
+
+def variance():
+    variance_kernel[(1,)](normal(200).float(), torch.empty(200), 200, BLOCK=256)
 
 
 def attention_lse():
@@ -89,20 +101,25 @@ def without_mask(access):
 
 
 @pytest.mark.parametrize("run, access", [
-    (move, r"ld\.global\.v4"), (move, r"ld\.global\.(v2\.)?b64"), (keydiff, "ld.global"), (keydiff, "st.global"),
+    (move, r"ld\.global\.v4"), (move, r"ld\.global\.(v2\.)?b64"), (variance, "ld.global"), (variance, "st.global"),
 ])  # fmt: skip
 def test_a_missing_mask(emulator, run, access):
     assert "outside every tensor" in reported(emulator, run, without_mask(access))
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_a_missing_barrier(emulator, number):
-    def error(code):
-        barrier = [found.start() for found in re.finditer("bar.sync", code)][number]
-        return code[:barrier] + "// " + code[barrier:]
+def test_a_missing_barrier(emulator):
+    """Each one matters: before the partial sums are read, before their sum is, before that memory is written again."""
+    barriers = []
 
-    assert reported(emulator, keydiff) == set()
-    assert {kind for kind in reported(emulator, keydiff, error) if kind.startswith("shared")}
+    def find(code):
+        barriers.extend(found.start() for found in re.finditer("bar.sync", code))
+        return code + "\n"
+
+    assert reported(emulator, variance, find) == set()
+    assert len(barriers) >= 3
+    for at in barriers:
+        kinds = reported(emulator, variance, lambda code, at=at: code[:at] + "// " + code[at:])
+        assert {kind.partition(":")[0] for kind in kinds} == {"shared"}
 
 
 def test_a_copy_that_is_not_waited_for(emulator):
