@@ -50,14 +50,12 @@ def test_a_query_sees_its_own_key_and_none_behind(W, S, dtype):
 
 
 def test_every_split_counts_in_the_anchor():
-    splits, D = 9, 32
-    S = splits * 512
+    splits, run, D = 9, 128, 512  # more splits than a tile of so wide keys holds
+    S = splits * run
     keys = torch.zeros(1, 1, S, D, device=DEVICE)
-    keys[:, :, :-512, 0], keys[:, :, -512:, 1] = 1.0, 1.0  # the mean key is (8, 1) / 9
-    table = torch.arange(splits, dtype=torch.int32, device=DEVICE)[None]
-    pages, lengths = keys[0, 0].view(splits, 512, 1, D), torch.tensor([S], device=DEVICE)
-    for scores in (*both(lambda: kvevict.keydiff_scores(keys)), *both(lambda: paged_scores(pages, table, lengths))):
-        expected = torch.where(torch.arange(S, device=DEVICE) < S - 512, -8 / math.sqrt(65), -1 / math.sqrt(65))
+    keys[:, :, :-run, 0], keys[:, :, -run:, 1] = 1.0, 1.0  # the mean key is (8, 1) / 9
+    for scores in both(lambda: kvevict.keydiff_scores(keys)):
+        expected = torch.where(torch.arange(S, device=DEVICE) < S - run, -8 / math.sqrt(65), -1 / math.sqrt(65))
         torch.testing.assert_close(scores[0, 0], expected, rtol=0, atol=1e-5)
 
 
