@@ -129,7 +129,7 @@ def _keydiff_scores_op(keys, anchor, unit, lengths, out, table=None):
 def _topk_indices_op(scores, keep_lengths, sink, recent, shared, lengths, trusted, out, clear=None):
     if not trusted:
         _check_lengths(lengths, scores[..., None], None)
-        validate.counts_positive(keep_lengths, lengths)
+    validate.counts_positive(keep_lengths, lengths)
     _run("topk_indices", scores.device, scores, keep_lengths, sink, recent, shared, lengths, out, clear)
 
 

@@ -564,7 +564,9 @@ def _check_selection(
         validate.integer("recent", recent, 0)
         keep = validate.counts("keep", keep, B, H, keep)
         if heads != "each" or keep.ndim == 1:
-            raise ValueError(f"keep has shape {tuple(keep.shape)} and heads is {heads!r}: expected ({B}, {H}), 'each'")
+            raise ValueError(
+                f"keep has shape {tuple(keep.shape)} and heads is {heads!r}: expected ({B}, {H}) and heads='each'"
+            )
         return S, keep.long().clamp(max=S) if lengths is None else validate.kept_lengths(keep, lengths)
     n = validate.kept_tokens(keep, S, sink, recent)
     if lengths is None or (heads == "adaptive" and not isinstance(keep, float)):
