@@ -157,7 +157,8 @@ def main() -> None:
     survived = [result for result in tried if result.test_outcome == TestOutcome.SURVIVED]
     slow = sum(result.output == "timeout" for result in tried)
     print(
-        f"\n{options.module}: {len(survived)} of {len(tried)} tried survived, {slow} ran out of time; {len(items)} in all"
+        f"\n{options.module}: {len(survived)} of {len(tried)} tried survived, {slow} ran out of time; "
+        f"{len(items)} in all"
     )
     for result in survived:
         print("\n".join(line for line in (result.diff or "").splitlines() if re.match(r"@@|[-+][^-+]", line)))
