@@ -68,7 +68,8 @@ _checked: MutableMapping[torch.Tensor, _Checked] = WeakIdKeyDictionary()
 
 
 def _check_lengths(lengths, keys, table, written: bool = False) -> None:
-    """Values of lengths and block table, once per version of them. written: no block may be there twice."""
+    """Values of lengths and block table, once per version of them, as torch counts writes in place: who writes to them
+    from a kernel of his own has to see to the values. written: no block may be there twice."""
     if lengths is None:
         return
     S, (blocks, _, block_size, _) = cache_rows(keys, table)[2], keys.shape
