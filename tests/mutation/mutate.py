@@ -156,9 +156,8 @@ def main() -> None:
     tried = [results[item.job_id] for item in items if item.job_id in results]
     survived = [result for result in tried if result.test_outcome == TestOutcome.SURVIVED]
     slow = sum(result.output == "timeout" for result in tried)
-    print(
-        f"\n{options.module}: {len(survived)} of {len(tried)} tried survived, {slow} ran out of time; {len(items)} in all"
-    )
+    summary = f"{len(tried)} of {len(items)} mutants tried, {len(survived)} survived, {slow} ran out of time"
+    print(f"\n{options.module}: {summary}")
     for result in survived:
         print("\n".join(line for line in (result.diff or "").splitlines() if re.match(r"@@|[-+][^-+]", line)))
 
