@@ -51,7 +51,7 @@ EMULATED = CUDA_VISIBLE_DEVICES= PYTHONPATH=tests PTX_TARGET=$(TARGET) $(PY) -m 
 KERNEL_TESTS = $(addprefix tests/test_,compact_kv.py decode_attention.py paged.py score_attention.py score_keydiff.py \
     scores.py select_topk.py)
 
-test-ptx: $(READY)  ## all kernel tests on the compiled code, emulated (TARGET=sm_80): an hour or so
+test-ptx: $(READY)  ## all kernel tests on the compiled code, emulated (TARGET=sm_80): long
 	$(EMULATED) $(or $(TEST),tests/ptx $(KERNEL_TESTS))
 
 test-all: $(READY)  ## every check there is, on a machine without a GPU: hours

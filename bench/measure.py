@@ -74,7 +74,7 @@ class Inputs:
 
 
 def _between_events(calls, restore, seconds=0.1):
-    """Median, 20th and 80th percentile of the seconds that one of `calls` takes; inputs are restored before every round."""
+    """Median, 20th and 80th percentile of the seconds that one of `calls` takes; `restore` goes before every round."""
     times, spent = [], 0.0
     while len(times) < 3 * len(calls) or spent < seconds:
         restore()

@@ -29,9 +29,15 @@ from bench.machine_code import Instruction, Launch
 DATA_LOOPS = {
     "while remaining > 0:": lambda sizes: max(1, math.ceil(math.log(max(sizes["n"], 2), 32))),  # a 32-way search
     "while has_read == 0:": lambda sizes: 0,  # the flag is set before it is looked at
+    "while seen != _OPEN:": lambda sizes: 0,
+    "while arrived < ROUND * splits:": lambda sizes: 0,
+    # Scores like random ones are parted by as many bits as their number has (simulated: 12.2 for 4,096).
+    "while (bit >= 0) & (better < need):": lambda sizes: round(math.log2(sizes["S"])),
     "for other in range(reader // BLOCK_R": lambda sizes: 2,  # the programs whose sources are overwritten
 }
 _SAMPLES = 32  # programs of a launch that are looked at
+# Conditions on data that hardly ever hold, by the beginning of their line: what they guard is passed by.
+RARE = ('if not (square < float("inf")):', 'if not (squares < float("inf")):')
 # One of these is made from one line of PTX.
 _ONE_TO_ONE = {"LDG", "STG", "LDS", "STS", "LDSM", "STSM", "LDGSTS", "SHFL", "BAR", "HMMA", "HGMMA", "ATOMS", "ATOMG"}
 
@@ -142,6 +148,7 @@ class Program:
     labels: dict[str, int] = field(default_factory=dict)
     block_of_line: dict[int, int] = field(default_factory=dict)
     loops: list[_Loop] = field(default_factory=list)
+    sources: dict[int, str] = field(default_factory=dict)  # the line of Python of each statement, by its line
 
     def loop_of(self, block: int) -> _Loop | None:
         """The innermost loop around a block."""
@@ -162,7 +169,7 @@ def _source_line(path: str, number: int, folder: pathlib.Path) -> str:
 @functools.cache
 def parse(ptx: str, folder: pathlib.Path) -> Program:
     """The blocks and loops of a kernel whose Python is in `folder`."""
-    program, files, sources, here = Program(), {}, {}, ""
+    program, files, here = Program(), {}, ""
     for text in ptx.splitlines():
         if named := re.match(r'\s*\.file\s+(\d+)\s+"(.*)"', text):
             files[named.group(1)] = named.group(2)
@@ -177,7 +184,7 @@ def parse(ptx: str, folder: pathlib.Path) -> Program:
         elif (found := _STATEMENT.match(text)) and not found.group(2).startswith("."):
             operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", found.group(3))
             program.statements[-1].append(_Statement(number, found.group(1), found.group(2), operands))
-            sources[number] = here
+            program.sources[number] = here
             if found.group(2).startswith(("bra", "ret", "exit")):
                 program.block_of_line[number] = len(program.statements) - 1
                 program.statements.append([])
@@ -187,7 +194,7 @@ def parse(ptx: str, folder: pathlib.Path) -> Program:
             head = program.labels[statements[-1].operands[0]]
             if head <= block:
                 program.loops = [loop for loop in program.loops if loop.head != head]  # two ways back: one loop
-                program.loops.append(_Loop(head, block, sources[statements[-1].line]))
+                program.loops.append(_Loop(head, block, program.sources[statements[-1].line]))
     return program
 
 
@@ -285,21 +292,21 @@ def _blocks_run(launch: Launch, program: Program, deciding, program_id: int, kno
     """How often each block runs, and how often each loop is entered (by its head), in one program."""
     thread = _Thread(launch, program_id, known)
     runs, entries, trips = Counter(), Counter(), Counter()
-    heads = {loop.head for loop in program.loops}
     block, before = 0, -1
     while block < len(deciding):
         runs[block] += 1
-        if block in heads:
-            inside = any(loop.head == block and loop.head <= before <= loop.last for loop in program.loops)
-            entries[block] += not inside
-            trips[block] = trips[block] + 1 if inside else 1
+        for loop in program.loops:
+            if loop.head <= block <= loop.last and not loop.head <= before <= loop.last:  # not always by its head
+                entries[loop.head] += 1
+                trips[loop.head] = 0
+        trips[block] += 1
         following = block + 1
         for statement in deciding[block]:
             if statement.opcode.startswith("bra"):
                 taken = True if statement.guard is None else thread.get(statement.guard)
                 target = program.labels[statement.operands[0]]
                 if taken is None:
-                    taken = _expected(launch, program, block, target, trips, sizes)
+                    taken = _expected(launch, program, block, statement.line, target, trips, sizes)
                 if taken:
                     following = target
             elif statement.opcode.startswith(("ret", "exit")):
@@ -310,9 +317,11 @@ def _blocks_run(launch: Launch, program: Program, deciding, program_id: int, kno
     return runs, entries
 
 
-def _expected(launch, program: Program, block: int, target: int, trips: Counter, sizes) -> bool:
+def _expected(launch, program: Program, block: int, line: int, target: int, trips: Counter, sizes) -> bool:
     """Whether a branch that depends on data is taken: loops go round as often as DATA_LOOPS says; else the code runs
-    on into what a condition guards."""
+    on into what a condition guards, but for RARE ones."""
+    if program.sources[line].startswith(RARE):
+        return target > block
     loop = program.loop_of(block)
     if loop is None or (loop.head <= target <= loop.last and loop.head <= block + 1 <= loop.last):
         return False
@@ -349,12 +358,18 @@ class Access:
 def _accesses(launch: Launch, program: Program, runs: Counter) -> list[Access]:
     """Every global access in the code; its tensor is the argument that the address was made from."""
     made_from: dict[str, set[str]] = {}
-    for block in program.statements:
-        for statement in block:
-            if not statement.opcode.startswith("ld.") or statement.opcode.startswith("ld.param"):
-                names = {operand.strip("[] ") for operand in statement.operands[1:] if "_param_" in operand}
-                for name in statement.writes:
-                    made_from.setdefault(name, set()).update(statement.reads, names)
+    every = [statement for block in program.statements for statement in block]
+    # Addresses may change hands through shared memory: what is loaded from there may be anything that was stored.
+    shared = {name for one in every if one.opcode.startswith("st.shared") for name in one.reads}
+    for one in every:
+        if one.opcode.startswith("ld.shared"):
+            names = shared
+        elif one.opcode.startswith("ld.") and not one.opcode.startswith("ld.param"):
+            names = set()
+        else:
+            names = {*one.reads, *(operand.strip("[] ") for operand in one.operands[1:] if "_param_" in operand)}
+        for name in one.writes:
+            made_from.setdefault(name, set()).update(names)
     arguments = _parameters(launch)
 
     def tensor(address: str) -> torch.Tensor:

@@ -182,7 +182,8 @@ def decode_attention(
     exp(logit - given_lse)."""
     (_, HQ, W, _), DV, (B, H, S, D) = queries.shape, values.shape[3], cache_shape(keys, table)
     G, rows = HQ // H, B * H
-    config = decode_config(rows, W * G, S, D, DV, queries.element_size(), multiprocessors(keys.device))
+    compute, size = dot_type(queries)
+    config = decode_config(rows, W * G, S, D, DV, size, multiprocessors(keys.device))
     row_blocks = cdiv(W * G, config.block_rows)
 
     def workspace(*shape):
@@ -197,7 +198,7 @@ def decode_attention(
         rows_of(queries), rows_of(keys, table), rows_of(values, table), per_head, logits, sums, best, total,
         scale * _LOG2_E.value, W, S, H, config.splits, config.chunk, row_blocks,
         G=G, BLOCK_D=config.block_dim, BLOCK_DV=config.block_value_dim, BLOCK_R=config.block_rows,
-        BLOCK_S=config.block_tokens, CAUSAL=W > 1, COMPUTE=dot_type(queries),
+        BLOCK_S=config.block_tokens, CAUSAL=W > 1, COMPUTE=compute,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     merge_decode_kernel[(B * HQ * W,)](

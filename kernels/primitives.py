@@ -71,11 +71,23 @@ def backend() -> str:
     return "interpreter" if INTERPRETED else triton.runtime.driver.active.get_current_target().backend
 
 
-def dot_type(x: torch.Tensor) -> tl.dtype:
-    """The type in which tl.dot multiplies x: its own; bfloat16 for float8, which is exact in it.
+def dot_type(x: torch.Tensor) -> tuple[tl.dtype, int]:
+    """The type in which tl.dot multiplies x: its own; bfloat16 for float8, which is exact in it. And the bytes of an
+    element that a launch configuration reckons with.
 
-    The interpreter's tl.dot takes bfloat16 for integers: there float32, which holds every product exactly.
+    Before compute capability 8.0 Triton has no tensor cores for 16 bits and multiplies in pieces that spill: there
+    float32. So does the interpreter, whose tl.dot takes bfloat16 for integers; float32 holds every product exactly.
     """
-    if x.element_size() == 4 or (INTERPRETED and x.dtype != torch.float16):
-        return tl.float32
-    return tl.float16 if x.dtype == torch.float16 else tl.bfloat16
+    size = x.element_size()
+    if size == 4 or _before_tensor_cores():
+        return tl.float32, 4
+    if x.dtype == torch.float16:
+        return tl.float16, size
+    return tl.float32 if INTERPRETED else tl.bfloat16, size
+
+
+def _before_tensor_cores() -> bool:
+    if INTERPRETED:
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch < 80

@@ -254,7 +254,8 @@ def attention_lse(
     """Fill out [B, Hq, W] float32 with ln Σ_i exp(scale · q·k_i) over the keys that a query sees; -inf for padding."""
     (_, HQ, W, _), (B, H, S, D) = queries.shape, cache_shape(keys, table)
     G = HQ // H
-    config = lse_config(B * H, W * G, S, D, queries.element_size(), multiprocessors(keys.device))
+    compute, size = dot_type(queries)
+    config = lse_config(B * H, W * G, S, D, size, multiprocessors(keys.device))
     row_blocks = cdiv(W * G, config.block_rows)
     parts = out
     if config.splits > 1:
@@ -263,7 +264,7 @@ def attention_lse(
         rows_of(queries), rows_of(keys, table), per_row(lengths), parts,
         scale * _LOG2_E.value, W, S, H, row_blocks, config.splits, config.chunk,
         G=G, BLOCK_D=config.block_dim, BLOCK_R=config.block_rows, BLOCK_S=config.block_tokens,
-        CAUSAL=causal, COMPUTE=dot_type(queries), num_warps=config.num_warps, num_stages=config.num_stages,
+        CAUSAL=causal, COMPUTE=compute, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if config.splits > 1:
         BLOCK = 128  # one query a thread: the parts are few and in L2
@@ -286,11 +287,12 @@ def attention_mass(
     beyond a row's length. lse [B, Hq, W], last dimension contiguous; count: divide by the queries that see a key."""
     (_, HQ, W, _), (B, H, S, D) = queries.shape, cache_shape(keys, table)
     G = HQ // H
-    config = mass_config(W * G, D, queries.element_size())
+    compute, size = dot_type(queries)
+    config = mass_config(W * G, D, size)
     attention_mass_kernel[(B * H * cdiv(S, config.block_tokens),)](
         rows_of(queries), rows_of(keys, table), lse, per_row(lengths), out,
         scale * _LOG2_E.value, W, S, H, *lse.stride()[:2],
         G=G, BLOCK_D=config.block_dim, BLOCK_R=config.block_rows, BLOCK_S=config.block_tokens,
-        CAUSAL=causal, REDUCE=reduce, COUNT=count, COMPUTE=dot_type(queries),
+        CAUSAL=causal, REDUCE=reduce, COUNT=count, COMPUTE=compute,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -56,8 +56,9 @@ def mlp_scores(
     N = w1.shape[0]
     # 64 × 64 float32 activations over 4 warps: 32 registers each; 64 columns in 16 bits are whole lines of 128 bytes.
     # float32 runs without tensor cores, its operands in registers: half the tile each way.
-    block = 64 if hidden.element_size() < 4 else 32
+    compute, size = dot_type(hidden)
+    block = 64 if size < 4 else 32
     mlp_scores_kernel[(cdiv(B * S, block),)](
         hidden, w1, b1, w2, b2, out, S, B * S, *hidden.stride()[:2],
-        M=M, N=N, BLOCK_T=block, BLOCK_N=block, BLOCK_M=block, COMPUTE=dot_type(hidden),
+        M=M, N=N, BLOCK_T=block, BLOCK_N=block, BLOCK_M=block, COMPUTE=compute,
     )  # fmt: skip

@@ -141,7 +141,7 @@ def test_float8_rows_move_as_they_are():
 
 def test_slots_are_given_up_when_budget_and_interval_are_passed():
     pytest.importorskip("kvevict.vllm.settings")
-    from kvevict.vllm.settings import skip
+    from kvevict.paged.tail import skip
 
     assert skip(64 + 32, budget=64, interval=32, block_size=16) == 0
     assert skip(64 + 33, budget=64, interval=32, block_size=16) == 32

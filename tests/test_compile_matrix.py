@@ -38,7 +38,9 @@ def check(target, compiled):
     for kernel in compiled:
         name = kernel["kernel"]
         fine = kernel["compiled"] and kernel["shared"] <= SHARED_MEMORY[target]
-        if not target.startswith("gfx"):
+        if target.startswith("gfx"):
+            fine = fine and kernel.get("waits_for_reads", True)
+        else:
             fine = fine and kernel["spills"] == 0
             if name in READS_ROWS | TILES:  # in a pipelined loop, loads go to shared memory
                 fine = fine and kernel["loads_128"] + kernel["copies_128"] > 0

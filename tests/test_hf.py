@@ -459,6 +459,9 @@ def test_requests_take_all_that_is_noted_of_them_along(ours, policy, how):
     with cache.noting_hidden(ours):
         ours(ids, attention_mask=mask, past_key_values=cache)
         cache.evict(0.8)
+    for layer in cache.layers:  # each request keeps its own share, in the tracker too
+        assert layer.lengths.tolist() == [24, 64, 44]
+        assert layer.notes.tracker is None or layer.notes.tracker.lengths.tolist() == [24, 64, 44]
     before = [list(of_request(cache, b)) for b in range(3)]
     if how == "reorder":
         cache.reorder_cache(torch.tensor([2, 0, 0], device=DEVICE))

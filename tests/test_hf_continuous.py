@@ -11,8 +11,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import cache as transformers_cache
 
 from kvevict.hf.continuous import EvictingAllocator, generate_batch
+from kvevict.paged.tail import skip
 from kvevict.policies import KeyDiff, Recency, SnapKV
-from kvevict.vllm.settings import skip
 
 PROMPTS = [prompt(n, seed=n)[0].tolist() for n in (30, 100, 57, 140)]
 

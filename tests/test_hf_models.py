@@ -1,7 +1,9 @@
 """EvictingCache on tiny models of many families: those that it promises to serve, each with padding too, and those
 that it must refuse or serve in part."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -33,6 +35,10 @@ PROMISED = {
                 HALF | dict(num_local_experts=2, num_experts_per_tok=1)),
     "diffllama": (transformers.DiffLlamaConfig, transformers.DiffLlamaForCausalLM, {}),
 }  # fmt: skip
+# Latents are cached from 5.17 on; older versions have a DiffLlama, and layers, of other kinds.
+NEW = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 17)
+if not NEW:
+    del PROMISED["diffllama"]
 LATENT = {
     "deepseek_v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM, MLA),
     "deepseek_v2": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM, MLA),
@@ -163,6 +169,7 @@ def test_policies_see_the_attention_scale_of_the_model():
             assert torch.equal(eviction.indices[0, 0, :-1], expected)
 
 
+@pytest.mark.skipif(not NEW, reason="older versions cache keys and values")
 @pytest.mark.parametrize("family", LATENT)
 def test_latents_are_evicted_by_what_reads_keys_alone(family):
     """MLA: one latent per token, of which all heads' keys and values are made, is cached and scored."""
@@ -183,6 +190,7 @@ def test_latents_are_evicted_by_what_reads_keys_alone(family):
     assert all(r.kept <= 44 for r in cache.report())
 
 
+@pytest.mark.skipif(not NEW, reason="other layers in older versions")
 def test_static_buffers_of_latents_refuse_padding():
     model = build("deepseek_v3")
     ids, mask = padded()
@@ -195,6 +203,7 @@ def test_static_buffers_of_latents_refuse_padding():
                  past_key_values=EvictingCache(model, KeyDiff(recent=8), static=True, **options))  # fmt: skip
 
 
+@pytest.mark.skipif(not NEW, reason="older versions cache keys and values")
 @pytest.mark.parametrize("policy", [TOVA(), SnapKV(), AttentionMass(), LRU()], ids=lambda p: type(p).__name__)
 def test_latents_are_not_what_queries_attend_to(policy):
     model = build("deepseek_v3")
@@ -230,6 +239,7 @@ def test_distance_biases_are_refused(config):
         EvictingCache(config, keep=0.5)
 
 
+@pytest.mark.skipif(not NEW, reason="other layers in older versions")
 def test_layers_of_other_kinds_are_named():
     for config, kind in (
         (transformers.FalconH1Config(num_hidden_layers=2), "LinearAttentionAndFullAttentionLayer"),
@@ -297,13 +307,10 @@ def test_attention_that_does_not_reach_ours_is_said():
                   past_key_values=EvictingCache(model.config, policy, keep=0.5))  # fmt: skip
 
 
-def test_a_guard_outlives_no_model():
-    before = len(our_attention._guarded)
+def test_a_guard_keeps_no_model_alive():
     model = of_its_own("falcon")
     EvictingCache(model, keep=0.5)
-    assert len(our_attention._guarded) == before + 1
-    del model
-    import gc
-
+    assert model in our_attention._guarded
+    model = weakref.ref(model)
     gc.collect()
-    assert len(our_attention._guarded) == before
+    assert model() is None

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvevict.vllm.settings import POLICIES, VARIABLE, Settings, skip
+from kvevict.paged.tail import skip
+from kvevict.vllm.settings import POLICIES, VARIABLE, Settings
 
 ENGINE = pathlib.Path(__file__).with_name("vllm_engine.py")
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")

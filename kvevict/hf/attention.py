@@ -88,9 +88,9 @@ def set_up(model: Any) -> bool:
     """Make "kvevict" the model's attention where it can be; where it cannot, say so, and have the model refuse padding
     that an EvictingCache would not see. Returns whether it is."""
     config = model.config.get_text_config(decoder=True)
-    able = getattr(model, "_supports_sdpa", False) or any(
-        name.endswith(".sinks") for name, _ in model.named_parameters()
-    )
+    has_sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())  # which ours computes
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    able = (getattr(model, "_supports_sdpa", False) or has_sinks) and not capped
     if able and config._attn_implementation != NAME and model not in _guarded:
         model.set_attn_implementation(NAME)
     if config._attn_implementation == NAME:

@@ -25,8 +25,8 @@ except ImportError as error:
 
 from kvevict import validate
 from kvevict.paged import paged_compact
+from kvevict.paged.tail import skip
 from kvevict.policies import KeyDiff, Observed, Policy
-from kvevict.vllm.settings import skip
 
 
 class EvictingAllocator(FullAttentionCacheAllocator):

@@ -9,7 +9,8 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from kvevict.vllm.settings import Settings, skip
+from kvevict.paged.tail import skip
+from kvevict.vllm.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class EvictingSpec(FullAttentionSpec):
         return cls(**{field.name: getattr(merged, field.name) for field in fields(merged)}, **own)
 
     def skip(self, computed: Any) -> Any:
-        """`kvevict.vllm.settings.skip` with this layer's numbers."""
+        """`kvevict.paged.tail.skip` with this layer's numbers."""
         return skip(computed, self.budget, self.interval, self.granule)
 
     @property

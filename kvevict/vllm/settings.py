@@ -1,4 +1,4 @@
-"""What the plugin is told, what it cannot do, and the one function that scheduler and worker agree by."""
+"""What the plugin is told, and what it cannot do."""
 
 from __future__ import annotations
 
@@ -14,17 +14,6 @@ VARIABLE = "KVEVICT_VLLM"
 POLICIES: dict[str, Policy] = {"recommended": RECOMMENDED} | {
     name: policy for name, policy in NAMED.items() if not policy.needs - {"queries"} and policy.window <= 1
 }
-
-
-def skip(computed: Any, budget: int, interval: int, block_size: int) -> Any:
-    """How many of a request's slots hold no token any more once `computed` tokens are: an int, or a tensor of them.
-
-    0 up to budget + interval; then the largest whole number of blocks that leaves at least `budget` tokens. The tokens
-    that are kept lie in the slots behind, [skip, computed). It depends on nothing else, so no message is needed between
-    the scheduler, which frees the blocks, and the worker, which moves the tokens; a preempted request begins anew with
-    both.
-    """
-    return (computed - budget) // block_size * block_size * (computed > budget + interval)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Settings:
     rewrite: Callable[[str], str] | None = None  # of the PTX, to plant errors
 
 
-STEPS_UNTIL_DEADLOCK = 2000  # per program, in each of which every program only waited
+STEPS_UNTIL_DEADLOCK = 500  # per program, in each of which every program only waited
 
 
 class Launch:

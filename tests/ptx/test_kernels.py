@@ -102,7 +102,7 @@ def test_keydiff_of_views(view):
 
 @pytest.mark.parametrize("dtype, D", matrix(DTYPES, DIMS, quick=[(BF16, 128), (E4M3, 80)]))
 def test_key_norm(dtype, D):
-    keys, lengths = normal(2, 2, 300, D, dtype=dtype), torch.tensor([300, 101])
+    keys, lengths = normal(2, 2, 300, D, dtype=dtype), torch.tensor([[300, 101], [1, 299]], dtype=torch.int32)
     assert_close("key_norm_scores", keys, lengths, unwritten(2, 2, 300), out=[2], error=2e-5)
 
 
