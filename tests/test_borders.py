@@ -139,8 +139,17 @@ def test_float8_rows_move_as_they_are():
         assert torch.equal(as_bytes(result.keys), as_bytes(keys)[:, :, [1, 3]])
 
 
+def test_the_least_budget_is_what_is_protected():
+    from kvevict.vllm.settings import Settings
+
+    assert Settings("keydiff", 36).build().protected == (4, 32)
+    assert Settings("keydiff", 1, interval=0, sink=0, recent=0).budget == 1
+    for budget, sink, recent in ((35, None, None), (3, 2, 2), (3, 4, 0), (0, 0, 0)):
+        with pytest.raises(ValueError, match=f"budget is {budget}"):
+            Settings("keydiff", budget, sink=sink, recent=recent)
+
+
 def test_slots_are_given_up_when_budget_and_interval_are_passed():
-    pytest.importorskip("kvevict.vllm.settings")
     from kvevict.paged.tail import skip
 
     assert skip(64 + 32, budget=64, interval=32, block_size=16) == 0
