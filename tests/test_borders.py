@@ -122,6 +122,20 @@ def test_values_that_share_memory_are_refused_before_a_write(overlap):
         assert torch.equal(memory, before)
 
 
+def test_values_right_before_keys_share_nothing():
+    memory = torch.randn(1 * 2 * 4 * (8 + 16), device=DEVICE)
+    values, keys = memory[:64].view(1, 2, 4, 8), memory[64:].view(1, 2, 4, 16)
+    expected = keys[:, :, [1, 3]].clone(), values[:, :, [1, 3]].clone()
+    result = kvevict.compact(keys, values, torch.tensor([[[1, 3]] * 2], device=DEVICE))
+    assert torch.equal(result.keys, expected[0]) and torch.equal(result.values, expected[1])
+
+
+def test_a_share_is_exact_to_twelve_digits():
+    scores = torch.randn(1, 1, 3, device=DEVICE)
+    assert kvevict.topk_indices(scores, 0.499999999999).shape[2] == 1
+    assert kvevict.topk_indices(scores, 0.5).shape[2] == 2
+
+
 def test_a_share_of_a_short_request_keeps_a_token():
     scores = torch.tensor([[[3.0, 1, 2, 0, 5, 4, 7, 6, 9, 8]]] * 4, device=DEVICE)
     lengths = torch.tensor([1, 2, 4, 10], device=DEVICE)  # a tenth: 0.1, 0.2, 0.4, 1 tokens

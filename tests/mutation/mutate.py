@@ -61,10 +61,12 @@ TESTS = {
     "kvevict/policies/observed.py": "tests/test_policies.py tests/test_hf.py",
     "kvevict/policies/order.py": "tests/test_policies.py",
     "kvevict/policies/tracker.py": "tests/test_tracker_machine.py tests/test_policies.py",
-    "kvevict/hf/attention.py": "tests/test_hf.py tests/fuzz/test_cache.py",
-    "kvevict/hf/cache.py": "tests/fuzz/test_cache.py tests/test_hf.py",
-    "kvevict/hf/layer.py": "tests/fuzz/test_cache.py tests/test_hf.py",
-    "kvevict/hf/static.py": "tests/test_hf_static.py",
+    "kvevict/hf/attention.py": "tests/test_hf_masks.py",
+    "kvevict/hf/cache.py": "tests/fuzz/test_cache.py tests/test_hf_crop.py tests/test_hf_saved.py",
+    "kvevict/hf/layer.py": "tests/fuzz/test_cache.py tests/test_hf_crop.py",
+    "kvevict/hf/masks.py": "tests/test_hf_masks.py",
+    "kvevict/hf/saved.py": "tests/test_hf_saved.py",
+    "kvevict/hf/static.py": "tests/fuzz/test_cache.py tests/test_hf_static.py",
     "kvevict/vllm/settings.py": f"tests/test_vllm.py {BORDERS} -k 'test_vllm or budget'",
 }
 
