@@ -136,6 +136,13 @@ def test_a_share_is_exact_to_twelve_digits():
     assert kvevict.topk_indices(scores, 0.5).shape[2] == 2
 
 
+def test_one_row_of_indices_may_have_any_stride():
+    keys = torch.randn(1, 1, 6, 8, device=DEVICE)
+    indices = torch.tensor([[[1, 5, 3, 0]]], device=DEVICE)[..., ::2]  # 1 and 3
+    for result in both(lambda: kvevict.compact(keys, keys.clone(), indices, inplace=False)):
+        assert torch.equal(result.keys, keys[:, :, [1, 3]])
+
+
 def test_a_share_of_a_short_request_keeps_a_token():
     scores = torch.tensor([[[3.0, 1, 2, 0, 5, 4, 7, 6, 9, 8]]] * 4, device=DEVICE)
     lengths = torch.tensor([1, 2, 4, 10], device=DEVICE)  # a tenth: 0.1, 0.2, 0.4, 1 tokens
