@@ -42,7 +42,7 @@ def calls(device):
     indices = kvevict.topk_indices(scores, 0.5)
     mass = torch.zeros_like(scores)
     return {
-        "keydiff_compact": (lambda: kvevict.keydiff_compact(keys, values, keep=0.5, sink=4), 4),
+        "keydiff_compact": (lambda: kvevict.keydiff_compact(keys, values, keep=0.5, sink=4), 3),
         "keydiff_scores": (lambda: kvevict.keydiff_scores(keys), 1),
         "topk_indices": (lambda: kvevict.topk_indices(scores, 0.5), 1),
         "compact": (lambda: kvevict.compact(keys, values, indices), 2),
@@ -52,8 +52,8 @@ def calls(device):
 
 def nothing():
     """A backend whose functions do nothing."""
-    names = [name for name in vars(reference) if not name.startswith("_")]
-    return types.SimpleNamespace(**{name: lambda *args: None for name in names}, __name__="nothing")
+    idle = {name: lambda *args: None for name in reference.__all__ if name != "move_flags"}  # that one is a size
+    return types.SimpleNamespace(**idle, move_flags=reference.move_flags, __name__="nothing")
 
 
 def bare_launches(count):

@@ -365,7 +365,6 @@ def topk_adaptive(
     recent: int,
     lengths: torch.Tensor | None,
     out: torch.Tensor,
-    clear: torch.Tensor | None = None,
 ) -> None:
     """Fill out [B, H, m] int64 with the kept tokens, ascending, -1 behind: over its heads a request keeps the sum of
     what each of them may keep (n, or keep_lengths), and each head at least its protected tokens and the share floor
@@ -383,7 +382,7 @@ def topk_adaptive(
     keys = torch.empty((B, H, S), dtype=torch.int32, device=scores.device)
     _select(scores, floors, least, sink, recent, lengths, keys, None, _MARK)
     flat = torch.empty((B, 1, H * n), dtype=torch.int64, device=scores.device)
-    _select(keys.view(B, 1, H * S), totals, H * n, 0, 0, None, flat, clear, _KEEP)
+    _select(keys.view(B, 1, H * S), totals, H * n, 0, 0, None, flat, None, _KEEP)
     m, BLOCK = out.shape[2], 1024  # 8 indices a thread
     split_heads_kernel[(B * H * cdiv(m, BLOCK),)](flat, out, S, H, H * n, m, cdiv(m, BLOCK), BLOCK=BLOCK)
 

@@ -124,26 +124,24 @@ def _keydiff_scores_op(keys, anchor, unit, lengths, out, table=None):
 
 @_custom_op(
     "topk_indices(Tensor scores, Tensor? keep_lengths, SymInt sink, SymInt recent, bool shared, Tensor? lengths, "
-    "bool trusted, Tensor(a!) out, Tensor(b!)? clear=None) -> ()"
+    "bool trusted, Tensor(a!) out) -> ()"
 )
-def _topk_indices_op(scores, keep_lengths, sink, recent, shared, lengths, trusted, out, clear=None):
+def _topk_indices_op(scores, keep_lengths, sink, recent, shared, lengths, trusted, out):
     if not trusted:
         _check_lengths(lengths, scores[..., None], None)
-        validate.counts_positive(keep_lengths, lengths)
-    _run("topk_indices", scores.device, scores, keep_lengths, sink, recent, shared, lengths, out, clear)
+    validate.counts_positive(keep_lengths, lengths)
+    _run("topk_indices", scores.device, scores, keep_lengths, sink, recent, shared, lengths, out)
 
 
 @_custom_op(
     "topk_adaptive(Tensor scores, SymInt n, Tensor? keep_lengths, SymInt floor_p, SymInt floor_q, SymInt sink, "
-    "SymInt recent, Tensor? lengths, bool trusted, Tensor(a!) out, Tensor(b!)? clear=None) -> ()"
+    "SymInt recent, Tensor? lengths, bool trusted, Tensor(a!) out) -> ()"
 )
-def _topk_adaptive_op(
-    scores, n, keep_lengths, floor_p, floor_q, sink, recent, lengths, trusted, out, clear=None
-):  # fmt: skip
+def _topk_adaptive_op(scores, n, keep_lengths, floor_p, floor_q, sink, recent, lengths, trusted, out):
     if not trusted:
         _check_lengths(lengths, scores[..., None], None)
     floor = (floor_p, floor_q)
-    _run("topk_adaptive", scores.device, scores, n, keep_lengths, floor, sink, recent, lengths, out, clear)
+    _run("topk_adaptive", scores.device, scores, n, keep_lengths, floor, sink, recent, lengths, out)
 
 
 @_custom_op(

@@ -48,7 +48,7 @@ class Compacted(NamedTuple):
     keys: Tensor  # [B, H, n, D]
     values: Tensor  # [B, H, n, Dv]
     indices: Tensor  # [B, H, n] int64: original position of the token now in each slot; -1 is padding
-    lengths: Tensor | None  # int64: kept tokens, shaped as the `lengths` that were given ([B] or [B, H]); else None
+    lengths: Tensor | None  # int64: kept tokens [B], or [B, H] where heads keep their own number; None: n of every row
 
 
 def keydiff_scores(keys: Tensor, *, anchor: str | Tensor = "unit", lengths: Tensor | None = None) -> Tensor:
@@ -382,8 +382,8 @@ def topk_indices(
             and its best up to `floor`, then the best scores of all heads, ties to the lower head. Layers may be
             stacked as more heads.
         floor: of heads="adaptive", in [0, 1]: the share of n (rounded half up) that every head keeps at least.
-        lengths: [B] int32 or int64, valid tokens of each request; or [B, H], of each head, 0 allowed. Adaptive, heads
-            shorter than `keep` leave the rest of it to others, and a float keep is the share of each head's own length.
+        lengths: [B] or [B, H], see the module. Adaptive, heads shorter than `keep` leave the rest of it to others, and
+            a float keep is the share of each head's own length.
 
     Returns:
         [B, H, m] int64 in ascending order, -1 beyond what a row keeps. m is n, keep of S tokens; S for a tensor;
@@ -564,7 +564,9 @@ def _check_selection(
         validate.integer("recent", recent, 0)
         keep = validate.counts("keep", keep, B, H, keep)
         if heads != "each" or keep.ndim == 1:
-            raise ValueError(f"keep has shape {tuple(keep.shape)} and heads is {heads!r}: expected ({B}, {H}), 'each'")
+            raise ValueError(
+                f"keep has shape {tuple(keep.shape)} and heads is {heads!r}: expected ({B}, {H}) and heads='each'"
+            )
         return S, keep.long().clamp(max=S) if lengths is None else validate.kept_lengths(keep, lengths)
     n = validate.kept_tokens(keep, S, sink, recent)
     if lengths is None or (heads == "adaptive" and not isinstance(keep, float)):
@@ -630,9 +632,8 @@ def _pool(scores: Tensor, kernel_size: int, mode: str) -> Tensor:
 
 
 def _topk(
-    scores, n: int, keep_lengths, sink: int, recent: int, heads: str, lengths, trusted: bool, clear=None, floor=0.2
+    scores, n: int, keep_lengths, sink: int, recent: int, heads: str, lengths, trusted: bool, floor: float
 ) -> Tensor:
-    """clear: int32, filled with zeros along the way: flags that the move after it wants."""
     B, H, S = scores.shape
     if heads == "adaptive":
         p, q = validate.share(floor), validate.WHOLE
@@ -640,11 +641,11 @@ def _topk(
         # The most that one head keeps, beside the others' least; which may be nothing where heads have own lengths.
         m = min(S, H * n if lengths is not None and lengths.ndim == 2 else H * n - (H - 1) * least)
         out = torch.empty((B, H, m), dtype=torch.int64, device=scores.device)
-        torch.ops.kvevict.topk_adaptive(scores, n, keep_lengths, p, q, sink, recent, lengths, trusted, out, clear)
+        torch.ops.kvevict.topk_adaptive(scores, n, keep_lengths, p, q, sink, recent, lengths, trusted, out)
         return out
     shared = heads == "shared"
     out = torch.empty((B, 1 if shared else H, n), dtype=torch.int64, device=scores.device)
-    torch.ops.kvevict.topk_indices(scores, keep_lengths, sink, recent, shared, lengths, trusted, out, clear)
+    torch.ops.kvevict.topk_indices(scores, keep_lengths, sink, recent, shared, lengths, trusted, out)
     return out.expand(B, H, n)
 
 

@@ -149,9 +149,9 @@ def matrix(target: str, rows, tiles, paged) -> None:
 
     def report(launch):
         found = summary(launch.compiled)
-        if launch.kernel == "move_rows_kernel" and "amdgcn" in launch.compiled.asm and launch.arguments["ORDERED"]:
-            if launch.arguments["IN_PLACE"]:
-                found["waits_for_reads"] = waits_for_reads(launch.compiled.asm["amdgcn"], launch.warps)
+        ordered = launch.kernel == "move_rows_kernel" and launch.arguments["flags_ptr"] is not None
+        if ordered and "amdgcn" in launch.compiled.asm:
+            found["waits_for_reads"] = waits_for_reads(launch.compiled.asm["amdgcn"], launch.warps)
         print(json.dumps({"kernel": launch.kernel, **case, **found}), flush=True)
 
     compile_only(TARGETS[target], report)

@@ -179,6 +179,10 @@ def test_a_count_for_every_head():
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match="keep is"):
             kvevict.topk_indices(scores, counts * 0)
+        keys = scores[..., None]
+        for options in ({}, dict(inplace=False), dict(preserve_order=False)):
+            with pytest.raises(ValueError, match="keep is"):
+                kvevict.keydiff_compact(keys.clone(), keys.clone(), keep=counts * 0, **options)
 
 
 def adaptive(scores, keep, **options):

@@ -290,13 +290,10 @@ def topk_adaptive(
     recent: int,
     lengths: Tensor | None,
     out: Tensor,
-    clear: Tensor | None = None,
 ) -> None:
     """Per request: every head's protected tokens and its best up to its floor, the share `floor` (numerator,
     denominator) of what it may keep (n, or keep_lengths); then the best of all heads that are left, ties to the lower
     head, until the request keeps what its heads may keep together."""
-    if clear is not None:
-        clear.zero_()
     B, H, S = scores.shape
     p, q = floor
     out.fill_(-1)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 import ptx
+from kvevict.backends import reference
 from kvevict.backends import triton as kernels
 
 S, n, D = 300, 200, 128  # blocks of 64 rows: 4 programs
@@ -38,6 +39,18 @@ def variance():
 
 def attention_lse():
     kernels.attention_lse(normal(1, 1, 100, D), normal(1, 1, S, D), 0.1, True, None, torch.empty(1, 1, 100))
+
+
+SELECTED = torch.empty(1, 1, 4000, dtype=torch.int64)
+reference.topk_indices(normal(1, 1, 8200).float().round(), None, 0, 0, False, None, SELECTED)
+
+
+def select():
+    """Five programs on one row, which meet between the rounds."""
+    scores = normal(1, 1, 8200).float().round()
+    indices = torch.empty(1, 1, 4000, dtype=torch.int64)
+    kernels.topk_indices(scores, None, 0, 0, False, None, indices)
+    assert torch.equal(indices, SELECTED)
 
 
 def reported(emulator, run, error=None, seeds=1) -> set[str]:
@@ -94,6 +107,13 @@ WRITE = "race: write of what another program reads"
 def test_the_order_of_moves(emulator, error, expected):
     assert reported(emulator, move, seeds=4) == set()
     assert expected in reported(emulator, move, error, seeds=4)
+
+
+@pytest.mark.slow
+def test_the_meeting_of_runs(emulator):
+    """In random orders; and without the order that the meeting gives, what other programs counted is read too early."""
+    assert reported(emulator, select, seeds=4) == set()
+    assert "race: read of another program's write" in reported(emulator, select, relaxed_acquire)
 
 
 def without_mask(access):
