@@ -203,15 +203,17 @@ class EvictingLayer(DynamicLayer):
             ValueError: tokens from before the last eviction, which it did not protect.
         """
         count = self.cropped(tokens_to_remove)
-        if count == 0:
-            return
+        if count > 0:
+            self._shorten(count)
+            self.notes.crop(count)
+
+    def _shorten(self, count: int) -> None:
         self._thaw()
         self.tokens_seen -= count
         self.tail = self.tail - count
         if self.lengths is not None:
             self.lengths = self.lengths - count
         self.keys, self.values = self.keys[:, :, :-count], self.values[:, :, :-count]
-        self.notes.crop(count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select_requests(beam_idx)
@@ -287,12 +289,13 @@ class EvictingLayer(DynamicLayer):
         return output, None
 
     def _take_back(self, new: int) -> None:
-        """As if the last update had never been."""
+        """As if the last update had never been. Of its attention nothing is noted yet."""
         self._unread = False
         if self.tokens_seen == new:
             self.reset()
         else:
-            self.crop(-new)
+            self._shorten(new)
+            self.notes.crop_hidden(new)
 
     def _check_seen(self, module: Any, as_cached: bool, sinks: bool) -> None:
         """What the policy reads of attention must be there to be noted."""
