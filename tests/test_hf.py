@@ -389,12 +389,12 @@ def test_an_error_in_evict_changes_no_layer(ours):
                 raise RuntimeError("no scores for layer 2")
             return super().scores(seen)
 
-    cache = EvictingCache(ours.config, Raises(), budget=400)
-    ours(prompt(200), past_key_values=cache)
-    with pytest.raises(RuntimeError, match="layer 2"):
-        cache.evict(50)
-    assert lengths(cache) == [(200, 200)] * 3
     for static in (False, True):
+        cache = EvictingCache(ours.config, Raises(), budget=400, static=static)
+        ours(prompt(200), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="layer 2"):
+            cache.evict(50)
+        assert lengths(cache) == [(200, 200)] * 3
         calls = []
 
         def on_evict(eviction, calls=calls):

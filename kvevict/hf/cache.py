@@ -263,14 +263,10 @@ class EvictingCache(Cache):
             raise ValueError(f'keep is {keep}, and budgets that differ by layer need "{NAME}" attention: call {SET_UP}')
         self._held = []
         try:
-            if self._static:
-                for layer, share in zip(layers, told, strict=True):
-                    layer.evict(share)
-            else:
-                choices = [layer.choose(share) for layer, share in zip(layers, told, strict=True)]
-                self._unequal |= unequal
-                for layer, choice in zip(layers, choices, strict=True):
-                    layer.apply(choice)
+            choices = [layer.choose(share) for layer, share in zip(layers, told, strict=True)]
+            self._unequal |= unequal
+            for layer, choice in zip(layers, choices, strict=True):
+                layer.apply(choice)
         finally:
             held, self._held = self._held, None
         for eviction in held:
