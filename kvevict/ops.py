@@ -377,10 +377,13 @@ def topk_indices(
             token); a head with fewer keeps all of them.
         sink, recent: so many first and last tokens are kept whatever their score. A ragged row that keeps fewer than
             sink + recent tokens keeps its sinks, then its most recent.
-    B, H, S = scores.shape
-    lengths = None if lengths is None else validate.lengths(lengths, B, H, scores)
-    n, kept = _check_selection((B, H, S), keep, sink, recent, heads, lengths, floor)
-    return _topk(scores, n, kept, sink, recent, heads, lengths, trusted=False, floor=floor)
+        heads: "each" selects per KV head; "shared" averages the scores over KV heads and keeps the same tokens in all;
+            "adaptive" (AdaKV, arXiv 2407.11550) keeps n tokens of a head on average: each head its protected tokens
+            and its best up to `floor`, then the best scores of all heads, ties to the lower head. Layers may be
+            stacked as more heads.
+        floor: of heads="adaptive", in [0, 1]: the share of n (rounded half up) that every head keeps at least.
+        lengths: [B] or [B, H], see the module. Adaptive, heads shorter than `keep` leave the rest of it to others, and
+            a float keep is the share of each head's own length.
 
     Returns:
         [B, H, m] int64 in ascending order, -1 beyond what a row keeps. m is n, keep of S tokens; S for a tensor;
