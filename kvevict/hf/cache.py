@@ -107,6 +107,8 @@ class EvictingCache(Cache):
         validate.integer("pin", pin, 0)
         if pin > policy.protected[0]:
             policy = replace(policy, sink=pin)
+        if budget is not None and not isinstance(budget, Budget):
+            validate.integer("budget", budget, 1)
         share = _as_budget(keep if budget is None else budget)
         if budget is not None and (not isinstance(share.keep, int) or share.keep <= pin):
             raise ValueError(f"budget is {share.keep}: expected an int number of tokens, more than pin, {pin}")
@@ -123,6 +125,8 @@ class EvictingCache(Cache):
                 "budget, an interval of at least 1, and a policy that reads keys alone"
             )
         whole_config = getattr(model, "config", model)
+        if not hasattr(whole_config, "get_text_config"):
+            raise TypeError(f"model is a {type(model).__name__}: expected a transformers model or its config")
         self._config = whole_config.get_text_config(decoder=True)
         self._policy = policy
         self._static, self._unsettled, self._interval = static, 0, interval

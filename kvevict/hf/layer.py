@@ -180,8 +180,10 @@ class EvictingLayer(DynamicLayer):
         """How many tokens `crop(tokens_to_remove)` takes back.
 
         Raises:
-            ValueError: more than it can.
+            TypeError, ValueError: no int; more than it can.
         """
+        if not isinstance(tokens_to_remove, int) or isinstance(tokens_to_remove, bool):
+            raise TypeError(f"tokens_to_remove is {tokens_to_remove!r}: expected an int")
         if not self.is_initialized:
             return 0
         count = int(self.get_seq_length()) - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
@@ -225,7 +227,13 @@ class EvictingLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
             indices = torch.as_tensor(indices, device=self.keys.device)
-            self._select_requests(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+            if indices.dtype == torch.bool:
+                if indices.shape != self.keys.shape[:1]:
+                    raise ValueError(
+                        f"indices has shape {tuple(indices.shape)}: expected ({self.keys.shape[0]},), one per request"
+                    )
+                indices = indices.nonzero()[:, 0]
+            self._select_requests(indices)
 
     def _select_requests(self, requests: Tensor) -> None:
         self.settle()
