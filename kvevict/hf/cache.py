@@ -183,10 +183,10 @@ class EvictingCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         if layer_idx >= len(self.layers):
             raise ValueError(f"layer_idx is {layer_idx}: expected less than {len(self.layers)}, the config's layers")
+        if layer_idx <= self._full[0] and not self._attention_is_ours():  # layers before it do not evict, but they grow
+            self._refuse_what_is_not_seen(key_states.shape[0])
         if layer_idx == self._full[0]:
             masks.forget()
-            if not self._attention_is_ours():
-                self._refuse_what_is_not_seen(key_states.shape[0])
             self._watch_for_chunks(key_states.shape[2])
         before = self.layers[layer_idx - 1] if layer_idx > 0 else None
         # Its attention is done: its memory is free before this layer grows.
