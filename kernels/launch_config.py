@@ -92,8 +92,9 @@ MAX_SELECT_SPLITS = 32  # every program adds up the 256 counts of all runs, 16 l
 def select_config(rows: int, tokens: int, multiprocessors: int) -> SelectConfig:
     if tokens <= 8192:  # 32 keys a thread
         return SelectConfig(4096 if tokens <= 4096 else 8192, 1, tokens)
-    # All programs of a launch that waits at barriers must run at once: no more than one on each multiprocessor.
-    wanted = max(1, min(multiprocessors // rows, MAX_SELECT_SPLITS))
+    # All programs of a launch that waits at barriers must run at once. Two of 256 threads fit on a multiprocessor with
+    # its 65,536 registers, if a thread takes 128 of them at most, which select_topk.py asks of the compiler.
+    wanted = max(1, min(2 * multiprocessors // rows, MAX_SELECT_SPLITS))
     chunk = cdiv(cdiv(tokens, wanted), SelectConfig.block) * SelectConfig.block
     return SelectConfig(0, cdiv(tokens, chunk), chunk)
 

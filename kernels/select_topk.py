@@ -424,8 +424,8 @@ def _select(scores, keep, n: int, sink: int, recent: int, lengths, out, clear, m
     elif _runs_at_once():
         meeting = workspace(rows, 2, dtype=torch.int64)
         select_runs_kernel[grid](
-            *arrays, *found, meeting, *sizes, FIRST=0, LAST=_WRITE, launch_cooperative_grid=True, **options
-        )
+            *arrays, *found, meeting, *sizes, FIRST=0, LAST=_WRITE, launch_cooperative_grid=True, maxnreg=128, **options
+        )  # fmt: skip
     else:
         for ROUND in range(_WRITE.value + 1):
             select_runs_kernel[grid](*arrays, *found, None, *sizes, FIRST=ROUND, LAST=ROUND, **options)

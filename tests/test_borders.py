@@ -122,6 +122,27 @@ def test_values_that_share_memory_are_refused_before_a_write(overlap):
         assert torch.equal(memory, before)
 
 
+def test_values_right_before_keys_share_nothing():
+    memory = torch.randn(1 * 2 * 4 * (8 + 16), device=DEVICE)
+    values, keys = memory[:64].view(1, 2, 4, 8), memory[64:].view(1, 2, 4, 16)
+    expected = keys[:, :, [1, 3]].clone(), values[:, :, [1, 3]].clone()
+    result = kvevict.compact(keys, values, torch.tensor([[[1, 3]] * 2], device=DEVICE))
+    assert torch.equal(result.keys, expected[0]) and torch.equal(result.values, expected[1])
+
+
+def test_a_share_is_exact_to_twelve_digits():
+    scores = torch.randn(1, 1, 3, device=DEVICE)
+    assert kvevict.topk_indices(scores, 0.499999999999).shape[2] == 1
+    assert kvevict.topk_indices(scores, 0.5).shape[2] == 2
+
+
+def test_one_row_of_indices_may_have_any_stride():
+    keys = torch.randn(1, 1, 6, 8, device=DEVICE)
+    indices = torch.tensor([[[1, 5, 3, 0]]], device=DEVICE)[..., ::2]  # 1 and 3
+    for result in both(lambda: kvevict.compact(keys, keys.clone(), indices, inplace=False)):
+        assert torch.equal(result.keys, keys[:, :, [1, 3]])
+
+
 def test_a_share_of_a_short_request_keeps_a_token():
     scores = torch.tensor([[[3.0, 1, 2, 0, 5, 4, 7, 6, 9, 8]]] * 4, device=DEVICE)
     lengths = torch.tensor([1, 2, 4, 10], device=DEVICE)  # a tenth: 0.1, 0.2, 0.4, 1 tokens
@@ -139,8 +160,17 @@ def test_float8_rows_move_as_they_are():
         assert torch.equal(as_bytes(result.keys), as_bytes(keys)[:, :, [1, 3]])
 
 
+def test_the_least_budget_is_what_is_protected():
+    from kvevict.vllm.settings import Settings
+
+    assert Settings("keydiff", 36).build().protected == (4, 32)
+    assert Settings("keydiff", 1, interval=0, sink=0, recent=0).budget == 1
+    for budget, sink, recent in ((35, None, None), (3, 2, 2), (3, 4, 0), (0, 0, 0)):
+        with pytest.raises(ValueError, match=f"budget is {budget}"):
+            Settings("keydiff", budget, sink=sink, recent=recent)
+
+
 def test_slots_are_given_up_when_budget_and_interval_are_passed():
-    pytest.importorskip("kvevict.vllm.settings")
     from kvevict.paged.tail import skip
 
     assert skip(64 + 32, budget=64, interval=32, block_size=16) == 0

@@ -60,6 +60,7 @@ def test_settings_come_from_the_configuration_or_the_environment(monkeypatch):
     monkeypatch.setenv(VARIABLE, "keydiff")
     with pytest.raises(ValueError, match="KVEVICT_VLLM is 'keydiff': expected JSON"):
         Settings.read(config())
+    assert Settings.read(config(**on(policy="tova"))).policy == "tova"  # without tensor parallelism
     assert Settings("tova", 50).build().protected == (4, 32) and "recommended" in POLICIES
 
 

@@ -117,7 +117,9 @@ class Draw:
         if self.chance(0.5):
             return self.random.randint(max(sink + recent, 1), S)
         least = max((sink + recent) / S, 1e-3)
-        share = self.choice((0.1, 0.25, 0.3, 0.145, 0.5, 0.7, 0.9, 1.0, 1 / 3, 0.5000004, self.random.random()))
+        share = self.choice(
+            (0.1, 0.25, 0.3, 0.145, 0.5, 0.7, 0.9, 1.0, 1 / 3, 0.5000004, 0.499999999999, self.random.random())
+        )
         return share if share > least and round(share * S - 0.5) >= sink + recent else 1.0
 
     def heads(self, lengths: Buffer | None) -> str:

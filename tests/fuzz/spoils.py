@@ -45,7 +45,8 @@ def _ways(draw: Draw, op: str, name: str, value, case: Case) -> Iterator[object]
             yield from (-0.1, 1.5)
     elif name in ("sink", "recent"):
         yield from (-1, 0.5, True, "1", None)
-        if op != "evict_slots":  # which names `count`
+        # evict_slots names `count`; rows that keep counts of their own may protect less.
+        if op != "evict_slots" and not isinstance(case.arguments["keep"], Buffer):
             yield case.sizes["S"] + 1
     elif name in ("kernel_size", "pool"):
         yield from (0, 2, -1, 3.0, True, "3")
@@ -100,9 +101,9 @@ def _tensors(draw: Draw, value: Buffer) -> Iterator[object]:
     """Wrong for any tensor: no tensor, another dtype, another number of dimensions, empty, with grad."""
     yield "a tensor"
     yield [0]
-    other = torch.int32 if value.dtype.is_floating_point else torch.float32
+    other = torch.float32 if value.dtype in (torch.int32, torch.int64) else torch.int32
     yield draw.memory.tensor(value.shape, other, lambda: 1)
-    yield draw.memory.tensor((*value.shape, 2), value.dtype, lambda: 1)
+    yield draw.memory.tensor((*value.shape, 2, 1), value.dtype, lambda: 1)
     if value.shape:
         yield value.tensor[:0]
     if value.dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -20,7 +20,7 @@ from fuzz.memory import Buffer
 from fuzz.ops import OPS
 from fuzz.spoils import spoil
 
-CASES = dict(reference=10, triton=4)  # of each op, where no seconds are given
+CASES = dict(reference=6, triton=3)  # of each op, where no seconds are given
 
 # Documented to need a contiguous last dimension: refused by name, or served.
 ROWS = ("scores", "lse", "mass", "last_used", "block_tables", "parts")

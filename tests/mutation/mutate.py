@@ -61,11 +61,13 @@ TESTS = {
     "kvevict/policies/observed.py": "tests/test_policies.py tests/test_hf.py",
     "kvevict/policies/order.py": "tests/test_policies.py",
     "kvevict/policies/tracker.py": "tests/test_tracker_machine.py tests/test_policies.py",
-    "kvevict/hf/attention.py": "tests/test_hf.py tests/fuzz/test_cache.py",
-    "kvevict/hf/cache.py": "tests/fuzz/test_cache.py tests/test_hf.py",
-    "kvevict/hf/layer.py": "tests/fuzz/test_cache.py tests/test_hf.py",
-    "kvevict/hf/static.py": "tests/test_hf_static.py",
-    "kvevict/vllm/settings.py": f"tests/test_vllm.py {BORDERS} -k 'skip or settings or budget_and_interval'",
+    "kvevict/hf/attention.py": "tests/test_hf_masks.py",
+    "kvevict/hf/cache.py": "tests/fuzz/test_cache.py tests/test_hf_crop.py tests/test_hf_saved.py",
+    "kvevict/hf/layer.py": "tests/fuzz/test_cache.py tests/test_hf_crop.py",
+    "kvevict/hf/masks.py": "tests/test_hf_masks.py",
+    "kvevict/hf/saved.py": "tests/test_hf_saved.py",
+    "kvevict/hf/static.py": "tests/fuzz/test_cache.py tests/test_hf_static.py",
+    "kvevict/vllm/settings.py": f"tests/test_vllm.py {BORDERS} -k 'test_vllm or budget'",
 }
 
 # One change for each operator: the others of cosmic-ray's fail the same tests.
@@ -156,9 +158,8 @@ def main() -> None:
     tried = [results[item.job_id] for item in items if item.job_id in results]
     survived = [result for result in tried if result.test_outcome == TestOutcome.SURVIVED]
     slow = sum(result.output == "timeout" for result in tried)
-    print(
-        f"\n{options.module}: {len(survived)} of {len(tried)} tried survived, {slow} ran out of time; {len(items)} in all"
-    )
+    summary = f"{len(tried)} of {len(items)} mutants tried, {len(survived)} survived, {slow} ran out of time"
+    print(f"\n{options.module}: {summary}")
     for result in survived:
         print("\n".join(line for line in (result.diff or "").splitlines() if re.match(r"@@|[-+][^-+]", line)))
 
