@@ -122,7 +122,8 @@ def attention_mass(
     """How much attention each key draws from the queries of its GQA group, without an S × S matrix.
 
     The column sums of softmax(scale · QKᵀ): the score of H2O (arXiv 2306.14048, section 4) for the whole prompt, of
-    SnapKV and TOVA for its last queries.
+    SnapKV and TOVA for its last queries. A NaN key makes the softmax of every query that sees it NaN, as in attention
+    itself, and so the scores of its head: what is kept then means nothing.
 
     Args:
         queries: [B, Hq, W, D], the last W of the sequence.
