@@ -122,7 +122,8 @@ def attention_mass(
     """How much attention each key draws from the queries of its GQA group, without an S × S matrix.
 
     The column sums of softmax(scale · QKᵀ): the score of H2O (arXiv 2306.14048, section 4) for the whole prompt, of
-    SnapKV and TOVA for its last queries.
+    SnapKV and TOVA for its last queries. A NaN key makes the softmax of every query that sees it NaN, as in attention
+    itself, and so the scores of its head: what is kept then means nothing.
 
     Args:
         queries: [B, Hq, W, D], the last W of the sequence.
@@ -273,7 +274,10 @@ def combine_scores(parts: Sequence[tuple[float, Tensor]], *, scale: str = "rank"
         raise ValueError(f"parts is {parts!r}: expected at least one pair (weight, scores)")
     total: Tensor | None = None
     absent: Tensor | None = None
-    for i, (weight, scores) in enumerate(parts):
+    for i, part in enumerate(parts):
+        if not isinstance(part, Sequence) or len(part) != 2:
+            raise TypeError(f"parts[{i}] is {type(part).__name__}: expected a pair (weight, scores)")
+        weight, scores = part
         weight = validate.number(f"parts[{i}] weight", weight)
         scores = validate.scores(scores, f"parts[{i}] scores")
         if total is not None and (scores.shape != total.shape or scores.device != total.device):
@@ -395,7 +399,7 @@ def topk_indices(
     scores = validate.scores(scores)
     B, H, S = scores.shape
     lengths = None if lengths is None else validate.lengths(lengths, B, H, scores)
-    n, kept = _check_selection((B, H, S), keep, sink, recent, heads, lengths, floor)
+    n, kept = _check_selection((B, H, S), scores, keep, sink, recent, heads, lengths, floor)
     return _topk(scores, n, kept, sink, recent, heads, lengths, trusted=False, floor=floor)
 
 
@@ -442,7 +446,7 @@ def keydiff_compact(
     Arguments, shapes and errors as there. The paper protects nothing; most users want `sink=4`.
     """
     cache = _dense(keys, lengths, values)
-    n, kept = _check_selection(cache.shape[:3], keep, sink, recent, heads, cache.lengths, floor)
+    n, kept = _check_selection(cache.shape[:3], keys, keep, sink, recent, heads, cache.lengths, floor)
     _check_anchor(anchor, cache)
     _check_flags(inplace, preserve_order)
     return _select_and_compact(
@@ -475,7 +479,7 @@ def attention_compact(
     `recent`.
     """
     cache = _dense(keys, lengths, values)
-    n, kept = _check_selection(cache.shape[:3], keep, sink, recent, heads, cache.lengths, floor)
+    n, kept = _check_selection(cache.shape[:3], keys, keep, sink, recent, heads, cache.lengths, floor)
     _check_flags(inplace, preserve_order)
     if pool is not None:
         _check_pool("pool", pool)
@@ -545,6 +549,7 @@ def _check_anchor(anchor: str | Tensor, cache: _Cache) -> None:
 
 def _check_selection(
     shape: tuple[int, int, int],
+    like: Tensor,
     keep: int | float | Tensor,
     sink: int,
     recent: int,
@@ -552,7 +557,7 @@ def _check_selection(
     lengths: Tensor | None,
     floor: float = 0.2,
 ) -> tuple[int, Tensor | None]:
-    """n, and what each row keeps where it is not n, of a selection from scores [B, H, S]."""
+    """n, and what each row keeps where it is not n, of a selection from scores [B, H, S] on the device of `like`."""
     B, H, S = shape
     validate.one_of("heads", heads, ("each", "shared", "adaptive"))
     if not 0.0 <= validate.number("floor", floor) <= 1.0:
@@ -562,7 +567,7 @@ def _check_selection(
     if isinstance(keep, Tensor):
         validate.integer("sink", sink, 0)
         validate.integer("recent", recent, 0)
-        keep = validate.counts("keep", keep, B, H, keep)
+        keep = validate.counts("keep", keep, B, H, like)
         if heads != "each" or keep.ndim == 1:
             raise ValueError(
                 f"keep has shape {tuple(keep.shape)} and heads is {heads!r}: expected ({B}, {H}) and heads='each'"
