@@ -312,11 +312,11 @@ def keydiff_compact(shape: Shape, device: Device) -> Op:
     keys, values = shape.cache()
     scores = torch.empty(1, shape.rows, shape.tokens)
     indices = torch.empty(1, shape.rows, shape.kept, dtype=torch.int64)
-    flags = torch.empty(backend.move_flags(indices, keys, values), dtype=torch.int32)
+    flags = torch.empty(backend.move_flags(indices, keys, values), dtype=torch.int32)  # selection clears them
     calls = {
         "score": lambda: backend.keydiff_scores(keys, None, True, None, scores),
         "select": lambda: backend.topk_indices(scores, None, 4, 0, False, None, indices, flags),
-        "move": lambda: backend.move_rows(keys, values, indices, True, None, None, flags),
+        "move": lambda: backend.move_rows(keys, values, indices, True, flags=flags),
     }
     return Op(calls, [keys, values], _keydiff_floors(shape, device))
 
@@ -326,11 +326,11 @@ def paged_keydiff_compact(shape: Shape, device: Device) -> Op:
     keys, values, table, lengths = shape.pages()
     scores = torch.empty(1, shape.rows, shape.tokens)
     indices = torch.empty(1, shape.rows, shape.kept, dtype=torch.int64)
-    flags = torch.empty(backend.move_flags(indices, keys, values), dtype=torch.int32)
+    flags = torch.empty(backend.move_flags(indices, keys, values), dtype=torch.int32)  # selection clears them
     calls = {
         "score": lambda: backend.keydiff_scores(keys, None, True, lengths, scores, table),
         "select": lambda: backend.topk_indices(scores, None, 4, 0, False, lengths, indices, flags),
-        "move": lambda: backend.move_rows(keys, values, indices, True, table, None, flags),
+        "move": lambda: backend.move_rows(keys, values, indices, True, table, flags=flags),
     }
     return Op(calls, [keys, values], _keydiff_floors(shape, device), (lengths,))
 

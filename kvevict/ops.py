@@ -122,7 +122,8 @@ def attention_mass(
     """How much attention each key draws from the queries of its GQA group, without an S × S matrix.
 
     The column sums of softmax(scale · QKᵀ): the score of H2O (arXiv 2306.14048, section 4) for the whole prompt, of
-    SnapKV and TOVA for its last queries.
+    SnapKV and TOVA for its last queries. A NaN key makes the softmax of every query that sees it NaN, as in attention
+    itself, and so the scores of its head: what is kept then means nothing.
 
     Args:
         queries: [B, Hq, W, D], the last W of the sequence.
@@ -273,7 +274,10 @@ def combine_scores(parts: Sequence[tuple[float, Tensor]], *, scale: str = "rank"
         raise ValueError(f"parts is {parts!r}: expected at least one pair (weight, scores)")
     total: Tensor | None = None
     absent: Tensor | None = None
-    for i, (weight, scores) in enumerate(parts):
+    for i, part in enumerate(parts):
+        if not isinstance(part, Sequence) or len(part) != 2:
+            raise TypeError(f"parts[{i}] is {type(part).__name__}: expected a pair (weight, scores)")
+        weight, scores = part
         weight = validate.number(f"parts[{i}] weight", weight)
         scores = validate.scores(scores, f"parts[{i}] scores")
         if total is not None and (scores.shape != total.shape or scores.device != total.device):
@@ -553,7 +557,7 @@ def _check_selection(
     lengths: Tensor | None,
     floor: float = 0.2,
 ) -> tuple[int, Tensor | None]:
-    """n, and what each row keeps where it is not n, of a selection from scores [B, H, S] beside `like`."""
+    """n, and what each row keeps where it is not n, of a selection from scores [B, H, S] on the device of `like`."""
     B, H, S = shape
     validate.one_of("heads", heads, ("each", "shared", "adaptive"))
     if not 0.0 <= validate.number("floor", floor) <= 1.0:

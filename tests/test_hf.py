@@ -271,13 +271,15 @@ def test_what_has_to_be_set_up_is_said(plain):
 def test_bad_arguments_are_named(plain):
     for options, match in [
         (dict(), "keep is None and budget is None"), (dict(keep=0.5, budget=9), "keep is 0.5 and budget is 9"),
-        (dict(keep=1.5), "keep is 1.5"), (dict(budget=0.5), "budget is 0.5"), (dict(budget=0), "keep is 0"),
+        (dict(keep=1.5), "keep is 1.5"), (dict(budget=0.5), "budget is 0.5"), (dict(budget=0), "budget is 0"),
         (dict(budget=10, pin=10), "more than pin"), (dict(keep=0.5, interval=-1), "interval is -1"),
         (dict(keep=0.5, pin=True), "pin is True"), (dict(keep=0.5, policy="key"), "policy is 'key'"),
-        (dict(keep=0.5, policy=7), "policy is 7"),
+        (dict(keep=0.5, policy=7), "policy is 7"), (dict(keep="0.5"), "keep is '0.5'"), (dict(keep=0), "at least 1"),
     ]:  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=match):
             EvictingCache(plain.config, **options)
+    with pytest.raises(TypeError, match="model is a str: expected a transformers model or its config"):
+        EvictingCache("llama", keep=0.5)
     mixed = Hybrid(parts=((0.5, learned()), (0.5, KeyDiff())))
     with pytest.raises(ValueError, match="heads is 'each': expected 'shared'"):
         EvictingCache(plain.config, mixed, budget=50)
@@ -389,12 +391,12 @@ def test_an_error_in_evict_changes_no_layer(ours):
                 raise RuntimeError("no scores for layer 2")
             return super().scores(seen)
 
-    cache = EvictingCache(ours.config, Raises(), budget=400)
-    ours(prompt(200), past_key_values=cache)
-    with pytest.raises(RuntimeError, match="layer 2"):
-        cache.evict(50)
-    assert lengths(cache) == [(200, 200)] * 3
     for static in (False, True):
+        cache = EvictingCache(ours.config, Raises(), budget=400, static=static)
+        ours(prompt(200), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="layer 2"):
+            cache.evict(50)
+        assert lengths(cache) == [(200, 200)] * 3
         calls = []
 
         def on_evict(eviction, calls=calls):
@@ -476,6 +478,8 @@ def test_requests_take_all_that_is_noted_of_them_along(ours, policy, how):
     for i, b in enumerate(now):
         for one, other in zip(before[b], of_request(cache, i), strict=True):
             assert torch.equal(one, other)
+    with pytest.raises(ValueError, match=rf"indices has shape \(1,\): expected \({len(now)},\)"):
+        cache.batch_select_indices(torch.tensor([True], device=DEVICE))
     cache.evict(0.5)
     assert cache.layers[0].lengths.tolist() == [(round(BATCH[b] * 0.8) + 1) // 2 for b in now]
 

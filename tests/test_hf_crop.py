@@ -133,6 +133,10 @@ def test_crop(plain):  # noqa: F811
     assert lengths(cache) == [(95, 45)] * 3
     with pytest.raises(ValueError, match="tokens_to_remove is 3"):
         cache.crop(3)
+    for wrong in (-1.5, "-1", True):
+        with pytest.raises(TypeError, match=f"tokens_to_remove is {wrong!r}"):
+            cache.crop(wrong)
+    assert lengths(cache) == [(95, 45)] * 3
 
 
 @torch.no_grad()

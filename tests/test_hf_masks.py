@@ -10,7 +10,7 @@ from test_hf import BATCH, generate, lengths, ours, padded, plain, prompt, refer
 from transformers import DynamicCache
 
 from kvevict.hf import EvictingCache, masks
-from kvevict.policies import TOVA, KeyDiff, Pyramid
+from kvevict.policies import TOVA, AttentionMass, KeyDiff, Pyramid
 
 CAUSAL = torch.ones(6, 6, dtype=torch.bool).tril()
 
@@ -92,6 +92,24 @@ def test_no_token_is_lost_to_a_mask_that_hides_some(ours):  # noqa: F811
     with pytest.raises(ValueError, match="attention_mask hides"):
         ours(prompt(4), attention_mask=hides, past_key_values=evicted)
     assert evicted.layers[0].cached() == 30
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", [AttentionMass(recent=8, grace=8), TOVA(recent=8)], ids=lambda p: type(p).__name__)
+def test_a_refused_chunk_takes_nothing_of_what_was_noted_before_it(ours, policy):  # noqa: F811
+    """What is noted of attention comes after the check of the mask: the chunk has noted nothing to take back."""
+    mask = torch.ones(1, 65, dtype=torch.long, device=DEVICE)
+    mask[0, 3:6] = 0
+    kept = []
+    for refused in (True, False):
+        cache = EvictingCache(ours.config, policy, budget=200)
+        ours(prompt(60), past_key_values=cache)
+        if refused:
+            with pytest.raises(ValueError, match="attention_mask hides cached tokens"):
+                ours(prompt(5, seed=1), attention_mask=mask, past_key_values=cache)
+        cache.evict(0.5)
+        kept.append(cache.layers[0].keys)
+    assert torch.equal(*kept)
 
 
 @torch.no_grad()

@@ -286,7 +286,19 @@ def test_a_model_that_cannot_use_our_attention(kind, caplog):
         with pytest.raises(ValueError, match="attention_mask has padding"):
             generate(model, ids[rows], attention_mask=mask[rows], past_key_values=cache)
         assert cache.get_seq_length() == 0
+    cache = EvictingCache(model, KeyDiff(), keep=0.5)
+    with pytest.raises(ValueError, match="attention_mask has padding"):  # of the model inside, too
+        model.base_model(ids[:1], attention_mask=mask[:1], past_key_values=cache)
     generate(model, ids, attention_mask=mask)  # without our cache
+
+
+def test_layers_in_front_that_do_not_evict_have_not_grown_either():
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    model = tiny(transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM, sliding_window=24, layer_types=kinds)
+    cache = EvictingCache(model.config, keep=0.5)
+    with pytest.raises(ValueError, match="a batch of 2 requests"):
+        model(prompt(30, batch=2), past_key_values=cache)
+    assert [layer.get_seq_length() for layer in cache.layers] == [0, 0, 0]
 
 
 def test_soft_capped_attention_is_refused():
@@ -310,7 +322,7 @@ def test_attention_that_does_not_reach_ours_is_said():
 def test_a_guard_keeps_no_model_alive():
     model = of_its_own("falcon")
     EvictingCache(model, keep=0.5)
-    assert model in our_attention._guarded
+    assert model.base_model in our_attention._guarded
     model = weakref.ref(model)
     gc.collect()
     assert model() is None

@@ -177,6 +177,9 @@ def test_files_that_cannot_be_read_are_named(ours, folder):  # noqa: F811
     path.unlink()
     with pytest.raises(FileNotFoundError):
         load(folder, ours.config)
+    path.mkdir()
+    with pytest.raises(ValueError, match=f"{FILE} cannot be read"):
+        load(folder, ours.config)
 
 
 @pytest.mark.parametrize(

@@ -293,6 +293,18 @@ def test_padding_is_refused_before_anything_is_kept(ours):  # noqa: F811
     assert {r.seen for r in cache.report()} == {40}
 
 
+@torch.no_grad()
+def test_a_chunk_may_not_hide_what_is_cached(ours):  # noqa: F811
+    """After an eviction another token stands where the mask expects the hidden one."""
+    cache = EvictingCache(ours.config, KeyDiff(recent=8), static=True, **OPTIONS)
+    ours(prompt(40), past_key_values=cache)
+    mask = torch.ones(1, 43, dtype=torch.long, device=DEVICE)
+    mask[0, 35] = 0
+    with pytest.raises(ValueError, match="attention_mask hides cached tokens"):
+        ours(prompt(3), attention_mask=mask, past_key_values=cache)
+    assert {r.seen for r in cache.report()} == {40}
+
+
 @pytest.mark.gpu
 def test_cuda_graph():
     model = tiny()

@@ -150,6 +150,7 @@ def test_flags_and_sizes_are_checked():
         (lambda: kvevict.attention_mass(queries, keys, causal="x"), "causal is 'x'"),
         (lambda: kvevict.attention_lse(queries, keys, causal=None), "causal is None"),
         (lambda: kvevict.pool_scores(scores, 2**40 + 1), "kernel_size is 1099511627777"),
+        (lambda: kvevict.topk_indices(scores, torch.ones(1, 2, dtype=torch.int64, device="meta")), "keep is on meta"),
         (lambda: kvevict.key_norm_scores(torch.nested.nested_tensor([keys[0], keys[0]])), "keys is a nested"),
         (lambda: kvevict.decode_attention(queries, keys, values, last_used=used, step=2**31), "step is 2147483648"),
         (

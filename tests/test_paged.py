@@ -407,6 +407,7 @@ def test_bad_arguments_of_the_pool(reference):
         (lambda: pages.append("a", keys.double(), values), "keys has dtype"),
         (lambda: pages.evict("a", KeyDiff(), 0.5), "has no tokens"), (lambda: pages.free("x"), "request is 'x'"),
         (lambda: pool(num_blocks=0), "num_blocks is 0"), (lambda: pool(dtype=torch.int64), "dtype is"),
+        (lambda: pages.block_table([]), r"requests is \[\]: expected at least one"),
     ]:  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=match):
             call()

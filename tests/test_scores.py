@@ -128,7 +128,8 @@ def test_combining_names_what_is_wrong():
     x = torch.zeros(1, 1, 4, device=DEVICE)
     for parts, match in [
         ([], "parts"), ([(1, x), (1, x[..., :3].contiguous())], r"parts\[1\] scores"), ([("1", x)], "weight"),
-        ([(NAN, x)], "weight"), ([(1, x.half())], r"parts\[0\] scores"),
+        ([(NAN, x)], "weight"), ([(1, x.half())], r"parts\[0\] scores"), ("ab", r"parts\[0\] is str"),
+        ([1.0], r"parts\[0\] is float: expected a pair"), ([(1, x), (1, x, 2)], r"parts\[1\] is tuple"),
     ]:  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=match):
             kvevict.combine_scores(parts)

@@ -91,12 +91,13 @@ def set_up(model: Any) -> bool:
     has_sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())  # which ours computes
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     able = (getattr(model, "_supports_sdpa", False) or has_sinks) and not capped
-    if able and config._attn_implementation != NAME and model not in _guarded:
+    inner = model.base_model  # which may be called by itself
+    if able and config._attn_implementation != NAME and inner not in _guarded:
         model.set_attn_implementation(NAME)
     if config._attn_implementation == NAME:
         return True
-    if model not in _guarded:
-        _guarded[model] = model.register_forward_pre_hook(_refuse_padding, with_kwargs=True)
+    if inner not in _guarded:
+        _guarded[inner] = inner.register_forward_pre_hook(_refuse_padding, with_kwargs=True)
         logger.warning(
             'kvevict: %s computes attention in a way of its own, and "%s" cannot be set: policies that read queries or '
             "attention, padding, and budgets that differ by layer are refused",

@@ -107,6 +107,8 @@ class EvictingCache(Cache):
         validate.integer("pin", pin, 0)
         if pin > policy.protected[0]:
             policy = replace(policy, sink=pin)
+        if budget is not None and not isinstance(budget, Budget):
+            validate.integer("budget", budget, 1)
         share = _as_budget(keep if budget is None else budget)
         if budget is not None and (not isinstance(share.keep, int) or share.keep <= pin):
             raise ValueError(f"budget is {share.keep}: expected an int number of tokens, more than pin, {pin}")
@@ -123,6 +125,8 @@ class EvictingCache(Cache):
                 "budget, an interval of at least 1, and a policy that reads keys alone"
             )
         whole_config = getattr(model, "config", model)
+        if not hasattr(whole_config, "get_text_config"):
+            raise TypeError(f"model is a {type(model).__name__}: expected a transformers model or its config")
         self._config = whole_config.get_text_config(decoder=True)
         self._policy = policy
         self._static, self._unsettled, self._interval = static, 0, interval
@@ -179,10 +183,10 @@ class EvictingCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         if layer_idx >= len(self.layers):
             raise ValueError(f"layer_idx is {layer_idx}: expected less than {len(self.layers)}, the config's layers")
+        if layer_idx <= self._full[0] and not self._attention_is_ours():  # layers before it do not evict, but they grow
+            self._refuse_what_is_not_seen(key_states.shape[0])
         if layer_idx == self._full[0]:
             masks.forget()
-            if not self._attention_is_ours():
-                self._refuse_what_is_not_seen(key_states.shape[0])
             self._watch_for_chunks(key_states.shape[2])
         before = self.layers[layer_idx - 1] if layer_idx > 0 else None
         # Its attention is done: its memory is free before this layer grows.
@@ -263,14 +267,10 @@ class EvictingCache(Cache):
             raise ValueError(f'keep is {keep}, and budgets that differ by layer need "{NAME}" attention: call {SET_UP}')
         self._held = []
         try:
-            if self._static:
-                for layer, share in zip(layers, told, strict=True):
-                    layer.evict(share)
-            else:
-                choices = [layer.choose(share) for layer, share in zip(layers, told, strict=True)]
-                self._unequal |= unequal
-                for layer, choice in zip(layers, choices, strict=True):
-                    layer.apply(choice)
+            choices = [layer.choose(share) for layer, share in zip(layers, told, strict=True)]
+            self._unequal |= unequal
+            for layer, choice in zip(layers, choices, strict=True):
+                layer.apply(choice)
         finally:
             held, self._held = self._held, None
         for eviction in held:

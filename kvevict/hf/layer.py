@@ -180,8 +180,10 @@ class EvictingLayer(DynamicLayer):
         """How many tokens `crop(tokens_to_remove)` takes back.
 
         Raises:
-            ValueError: more than it can.
+            TypeError, ValueError: no int; more than it can.
         """
+        if not isinstance(tokens_to_remove, int) or isinstance(tokens_to_remove, bool):
+            raise TypeError(f"tokens_to_remove is {tokens_to_remove!r}: expected an int")
         if not self.is_initialized:
             return 0
         count = int(self.get_seq_length()) - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
@@ -203,15 +205,17 @@ class EvictingLayer(DynamicLayer):
             ValueError: tokens from before the last eviction, which it did not protect.
         """
         count = self.cropped(tokens_to_remove)
-        if count == 0:
-            return
+        if count > 0:
+            self._shorten(count)
+            self.notes.crop(count)
+
+    def _shorten(self, count: int) -> None:
         self._thaw()
         self.tokens_seen -= count
         self.tail = self.tail - count
         if self.lengths is not None:
             self.lengths = self.lengths - count
         self.keys, self.values = self.keys[:, :, :-count], self.values[:, :, :-count]
-        self.notes.crop(count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select_requests(beam_idx)
@@ -223,7 +227,13 @@ class EvictingLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
             indices = torch.as_tensor(indices, device=self.keys.device)
-            self._select_requests(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+            if indices.dtype == torch.bool:
+                if indices.shape != self.keys.shape[:1]:
+                    raise ValueError(
+                        f"indices has shape {tuple(indices.shape)}: expected ({self.keys.shape[0]},), one per request"
+                    )
+                indices = indices.nonzero()[:, 0]
+            self._select_requests(indices)
 
     def _select_requests(self, requests: Tensor) -> None:
         self.settle()
@@ -287,12 +297,13 @@ class EvictingLayer(DynamicLayer):
         return output, None
 
     def _take_back(self, new: int) -> None:
-        """As if the last update had never been."""
+        """As if the last update had never been. Of its attention nothing is noted yet."""
         self._unread = False
         if self.tokens_seen == new:
             self.reset()
         else:
-            self.crop(-new)
+            self._shorten(new)
+            self.notes.crop_hidden(new)
 
     def _check_seen(self, module: Any, as_cached: bool, sinks: bool) -> None:
         """What the policy reads of attention must be there to be noted."""

@@ -86,6 +86,9 @@ class Notes:
         if self.tracker is not None:
             self.tracker.drop_last(count)
         self.queries = None if self.queries is None else self.queries[:, :, : max(self.queries.shape[2] - count, 0)]
+        self.crop_hidden(count)
+
+    def crop_hidden(self, count: int) -> None:
         self.hidden = None if self.hidden is None else self.hidden[:, :, :-count]
 
     def select_requests(self, requests: Tensor) -> None:

@@ -108,7 +108,9 @@ def _read(path: pathlib.Path, device: Any) -> tuple[dict[str, Any], dict[str, Te
         with safe_open(str(path), framework="pt", device=str(device)) as file:
             metadata = (file.metadata() or {}).get("kvevict")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: expected a whole safetensors file ({error})") from error
     if metadata is None:
         raise ValueError(f'{path} has no "kvevict" in its metadata: expected what save_pretrained writes')

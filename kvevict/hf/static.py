@@ -10,10 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvevict import ops
 from kvevict.hf import masks
 from kvevict.hf.attention import sdpa
-from kvevict.hf.layer import EvictingLayer, Eviction, new_tokens
+from kvevict.hf.layer import Choice, EvictingLayer, Eviction, new_tokens
 from kvevict.hf.shares import Keep
+from kvevict.policies.observed import Observed
 
 
 class StaticEvictingLayer(EvictingLayer):
@@ -90,14 +92,20 @@ class StaticEvictingLayer(EvictingLayer):
         """SDPA over a prompt or a chunk of one, whose mask shows whether there is padding.
 
         Raises:
-            ValueError: there is; the layer is then as it was before.
+            ValueError: there is, or cached tokens are hidden; the layer is then as it was before.
         """
         new = query.shape[2]
         self._unread = False
         try:
-            if masks.read(attention_mask, new).is_token is not None:
+            shown = masks.read(attention_mask, new)
+            if shown.is_token is not None:
                 raise ValueError(
                     "the prompts have padding: expected requests of equal length in a cache with static=True"
+                )
+            if not shown.past_whole:
+                raise ValueError(
+                    "attention_mask hides cached tokens: expected that of a causal model, because what is cached is no "
+                    "longer where the mask expects it"
                 )
         except ValueError:
             self.length.sub_(new)
@@ -140,14 +148,21 @@ class StaticEvictingLayer(EvictingLayer):
         if self._overflow is not None:
             self.settle()
 
-    def evict(self, keep: Keep) -> None:
-        assert not isinstance(keep, list)  # requests are of equal length
+    def _filled(self) -> tuple[Tensor, Tensor]:
         filled = int(self.length)
+        return self._overflow or (self.keys[:, :, :filled], self.values[:, :, :filled])
+
+    def choose(self, keep: Keep) -> Choice:
+        assert not isinstance(keep, list)  # requests are of equal length
+        keys, values = self._filled()
         if isinstance(keep, int):
-            keep = min(keep, filled)
-        keys, values = self._overflow or (self.keys[:, :, :filled], self.values[:, :, :filled])
-        result = self.policy.compact(keys, values, keep=keep, inplace=self._overflow is None, layer=self.index)
-        kept = result.keys.shape[2]
+            keep = min(keep, keys.shape[2])
+        return Choice(self.policy.select(Observed(keys=keys, values=values, layer=self.index), keep), None)
+
+    def apply(self, choice: Choice) -> None:
+        keys, values = self._filled()
+        result = ops.compact(keys, values, choice.indices, inplace=self._overflow is None)
+        filled, kept = keys.shape[2], result.keys.shape[2]
         if self._overflow is not None:
             self.keys[:, :, :kept] = result.keys
             self.values[:, :, :kept] = result.values

@@ -74,11 +74,11 @@ def _check_selection(
     if isinstance(keep, Tensor) and keep.ndim < 2:
         keep = validate.counts("keep", keep, B, H, lengths)
         validate.require((keep >= 1).all(), "keep", keep, "at least 1 token for each request")
-        ops._check_selection((B, H, S), cache.keys, S, sink, recent, heads, lengths)
+        ops._check_selection((B, H, S), lengths, S, sink, recent, heads, lengths)
         return S, validate.kept_lengths(keep, lengths)
     if isinstance(keep, int) and not isinstance(keep, bool):
         keep = min(keep, S)  # every request may be shorter than what it could keep
-    return ops._check_selection((B, H, S), cache.keys, keep, sink, recent, heads, lengths, floor)
+    return ops._check_selection((B, H, S), lengths, keep, sink, recent, heads, lengths, floor)
 
 
 def paged_scores(key_cache: Tensor, block_tables: Tensor, lengths: Tensor, *, anchor: str | Tensor = "unit") -> Tensor:

@@ -141,8 +141,10 @@ class PagedPool:
         """(block_tables [B, most] int32, lengths [B] int32) of these requests, for the paged ops.
 
         Raises:
-            ValueError: an unknown request, or one without tokens.
+            ValueError: no requests, an unknown one, or one without tokens.
         """
+        if not requests:
+            raise ValueError(f"requests is {requests!r}: expected at least one")
         states = [self._known(request) for request in requests]
         for request, state in zip(requests, states, strict=True):
             if not state.length:

@@ -21,7 +21,10 @@ class Budget(abc.ABC):
 
     def __post_init__(self) -> None:
         # A share is judged now; whether an int fits is known once there are tokens.
-        validate.kept_tokens(self.keep, 1 if isinstance(self.keep, float) else max(self.keep, 1), 0, 0)
+        if isinstance(self.keep, int) and not isinstance(self.keep, bool):
+            validate.integer("keep", self.keep, 1)
+        else:
+            validate.kept_tokens(self.keep, 1, 0, 0)
 
     @abc.abstractmethod
     def per_layer(self, layers: int, tokens: int) -> tuple[int, ...]:
