@@ -57,7 +57,7 @@ def build(device):
 def measure(model, tokens, batch, bandwidth):
     """One line: prefill once; then decode from the whole cache, and from a copy of it that was cut."""
     ids = torch.randint(0, model.config.vocab_size, (batch, tokens), device=model.device)
-    cache = EvictingCache(model.config, KeyDiff(), budget=tokens + STEPS)
+    cache = EvictingCache(model, KeyDiff(), budget=tokens + STEPS)
     start = now()
     for chunk in ids.split(CHUNK, dim=1):
         logits = model(chunk, past_key_values=cache, logits_to_keep=1).logits

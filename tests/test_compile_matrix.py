@@ -41,7 +41,8 @@ def check(target, compiled):
         if target.startswith("gfx"):
             fine = fine and kernel.get("waits_for_reads", True)
         else:
-            fine = fine and kernel["spills"] == 0
+            # A T4 multiplies in float32 from registers: a paged window of one query keeps two of them in memory.
+            fine = fine and kernel["spills"] <= (2 if target == "sm_75" else 0)
             if name in READS_ROWS | TILES:  # in a pipelined loop, loads go to shared memory
                 fine = fine and kernel["loads_128"] + kernel["copies_128"] > 0
             if name in READS_ROWS | TILES - {"mlp_scores_kernel"}:

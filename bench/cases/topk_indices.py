@@ -29,8 +29,9 @@ CASE = Case(
     inputs=inputs,
     run=lambda point, scores: kvevict.topk_indices(scores, point.keep),
     floor=lambda point, result: Selection(point.B * point.H, point.S, point.n),
-    # The scores are read five times, from L2 after the first; split rows add a quarter for histograms.
-    gate=lambda point: 1.3 * (20 * point.S + 8 * point.n) / (4 * point.S + 8 * point.n),
+    # A row of up to 8,192 scores is read twice: to find the key, and to write. A longer one is read five times, from L2
+    # after the first, and split rows add a quarter for histograms.
+    gate=lambda point: 1.3 * ((8 if point.S <= 8192 else 20) * point.S + 8 * point.n) / (4 * point.S + 8 * point.n),
     varies=("keep", "B"),
     peers={"torch.topk": torch_topk, "flashinfer top_k": optional("flashinfer", flashinfer)},
 )
