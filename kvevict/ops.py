@@ -131,8 +131,8 @@ def attention_mass(
         scale: of the logits; None is 1/√D.
         lse: [B, Hq, W] float32, rows contiguous: what flash attention returned. None computes it in a first pass.
         causal: a query sees no key behind its own token.
-        reduce: over the queries and the G heads of the group: "sum"; "mean", the sum over W·G (of a request shorter than W: over its own queries · G); "max"; "square", the sum
-            of squares (KV-Compress, arXiv 2410.00161).
+        reduce: over the queries and the G heads of the group: "sum"; "mean", the sum over W·G (its own queries, where a
+            request is shorter than W); "max"; "square", the sum of squares (KV-Compress, arXiv 2410.00161).
         normalize: "count" takes account of how many queries see a key (under `causal` the last key has one): "mean"
             averages over those alone, "sum" and "square" are divided by their number.
         lengths: [B] or [B, H], see the module.
