@@ -24,6 +24,12 @@ H, D = 2, 16
 LENGTHS = [70, 33, 1, 96]
 LAYOUTS = ("NHD", "HND", "flash")
 BLOCKS = (1, 16, 256)
+# Every block size and every layout once in `make test`; the other pairs in `make test-all`.
+PAGES = [
+    pytest.param(size, layout, marks=() if BLOCKS.index(size) == LAYOUTS.index(layout) else pytest.mark.slow)
+    for size in BLOCKS
+    for layout in LAYOUTS
+]
 
 
 class Paged:
@@ -57,8 +63,7 @@ class Paged:
         return [(b, self.dense(self.keys, b), self.dense(self.values, b)) for b in range(len(self.lengths))]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("block_size", BLOCKS)
+@pytest.mark.parametrize("block_size, layout", PAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=name)
 def test_scores_are_the_dense_ones(block_size, layout, dtype):
     paged = Paged(block_size, layout, dtype)
@@ -72,8 +77,7 @@ def test_scores_are_the_dense_ones(block_size, layout, dtype):
                 assert (scores[b, :, length:] == float("-inf")).all()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("block_size", BLOCKS)
+@pytest.mark.parametrize("block_size, layout", PAGES)
 def test_attention_is_the_dense_one(block_size, layout):
     paged = Paged(block_size, layout)
     queries = torch.randn(4, 2 * H, 8, D, device=DEVICE)
@@ -95,8 +99,7 @@ KEEPS = [0.5, 20, torch.tensor([35, 10, 1, 7])]
 
 @pytest.mark.parametrize("preserve_order", [True, False], ids=["ordered", "fewest-moves"])
 @pytest.mark.parametrize("to", ["front", "tail"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("block_size", BLOCKS)
+@pytest.mark.parametrize("block_size, layout", PAGES)
 @pytest.mark.parametrize("keep", KEEPS, ids=["share", "count", "each"])
 def test_keydiff_keeps_what_the_dense_op_keeps(keep, block_size, layout, to, preserve_order):
     results = []
