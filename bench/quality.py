@@ -155,6 +155,7 @@ def ask(model, caches, seen, new, answer):
     cache = EvictingCache(model.config, budget=2**40)  # evicts no more
     for layer, (keys, values) in enumerate(caches):
         cache.update(keys, values, layer)
+        cache.layers[layer]._unread = False  # filled by hand: no attention is due over what update has returned
     logits = model(ids, past_key_values=cache, position_ids=positions, logits_to_keep=len(answer) + 1).logits[:, :-1]
     target = ids[:, -len(answer) :, None]
     losses = -logits.float().log_softmax(-1).gather(-1, target)[..., 0]

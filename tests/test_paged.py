@@ -206,7 +206,7 @@ def test_indices_end_with_their_own_request_and_scales_are_checked_before_anythi
             dict(key_scales=scales[0], value_scales=scales[1, :, :, :1].expand(-1, -1, H)),
             "value_scales has shape",
         ),
-        (whole, dict(key_scales=paged.keys[..., 0], value_scales=scales[1]), "key_scales shares memory with keys"),
+        (whole, dict(key_scales=paged.keys[..., 0], value_scales=scales[1]), "key_scales shares memory with key_cache"),
     ):
         for backend in ("reference", "triton"):
             for to in ("front", "tail"):
