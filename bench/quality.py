@@ -144,15 +144,14 @@ def observe(layers, captured):
 
 @torch.no_grad()
 def ask(model, caches, seen, new, answer):
-    """(loss, hit) of each of several equally long caches, stacked: [(keys [P, H, n, D], values)] per layer.
-
-    Layers of different lengths need `model.set_attn_implementation("kvevict")`."""
+    """(loss, hit) of each of several equally long caches, stacked: [(keys [P, H, n, D], values)] per layer. Layers may
+    differ in length: the model attends by "kvevict" from here on."""
     from kvevict.hf import EvictingCache
 
     count = caches[0][0].shape[0]
     ids = torch.tensor([new + answer], device=model.device).expand(count, -1)
     positions = torch.arange(seen, seen + ids.shape[1], device=model.device)[None]
-    cache = EvictingCache(model.config, budget=2**40)  # evicts no more
+    cache = EvictingCache(model, budget=2**40)  # evicts no more
     for layer, (keys, values) in enumerate(caches):
         cache.update(keys, values, layer)
         cache.layers[layer]._unread = False  # filled by hand: no attention is due over what update has returned

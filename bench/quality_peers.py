@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
-import logging
 import math
 import pathlib
 import statistics
@@ -128,7 +127,6 @@ def main():
     path = options.out / f"{name}.jsonl"
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(line["task"], line["sample"]) for line in known}
-    logging.getLogger("kvevict").setLevel(logging.ERROR)  # our caches warn of padding in batches; here is none
     model, tokenizer = models.load()
     text = tokenizer(models.sample_text(), add_special_tokens=False)["input_ids"]
     wanted = [(task, i) for i in range(options.samples) for task in options.tasks if (task, i) not in done]
