@@ -235,9 +235,7 @@ def test_adaptive_rows_of_their_own_length(backend, share):
     lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE)
     keep = (lengths + 1) // 2 if share else None
     out = torch.empty(2, 3, 24, dtype=torch.int64, device=DEVICE)
-    flags = torch.full((5,), 7, dtype=torch.int32, device=DEVICE)
-    backend.topk_adaptive(scores, 12, keep, (1, 5), 1, 1, lengths, out, flags)
-    assert not flags.any()
+    backend.topk_adaptive(scores, 12, keep, (1, 5), 1, 1, lengths, out)
     for b in range(2):
         rows = [scores[b, h, : LENGTHS[b][h]].tolist() for h in range(3)]
         expected = expect_adaptive(rows, [12] * 3 if keep is None else keep[b].tolist(), 0.2, 1, 1)
