@@ -424,6 +424,7 @@ def compact(
         on a GPU are asserted on the device.
     """
     cache = _dense(keys, None, values, validate.ROW_DTYPES)
+    _check_flags(inplace, preserve_order)
     return _compact(cache, _indices(indices, cache), inplace, preserve_order, None, trusted=False)
 
 
@@ -447,7 +448,6 @@ def keydiff_compact(
     """
     cache = _dense(keys, lengths, values)
     n, kept = _check_selection(cache.shape[:3], keys, keep, sink, recent, heads, cache.lengths, floor)
-    _check_anchor(anchor, cache)
     _check_flags(inplace, preserve_order)
     return _select_and_compact(
         cache, _scores(cache, anchor), n, kept, sink, recent, heads, floor, inplace, preserve_order
@@ -677,7 +677,6 @@ def _topk_move(cache: _Cache, scores, n: int, kept, sink: int, recent: int, head
 def _select_and_compact(
     cache: _Cache, scores, n: int, kept, sink: int, recent: int, heads: str, floor: float, inplace, preserve_order
 ) -> Compacted:
-    _check_flags(inplace, preserve_order)
     if inplace and preserve_order and heads != "adaptive":
         indices = _topk_move(cache, scores, n, kept, sink, recent, heads)
         return Compacted(cache.keys[:, :, :n], cache.values[:, :, :n], indices, kept)
@@ -690,7 +689,6 @@ def _select_and_compact(
 def _compact(
     cache: _Cache, indices: Tensor, inplace: bool, preserve_order: bool, lengths: Tensor | None, trusted: bool
 ) -> Compacted:
-    _check_flags(inplace, preserve_order)
     keys, values = cache.keys, cache.values
     n = indices.shape[2]
     slots = None if preserve_order else torch.empty(indices.shape, dtype=torch.int64, device=indices.device)
