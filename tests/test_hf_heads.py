@@ -1,0 +1,244 @@
+"""EvictingCache whose layers and heads keep unequal numbers of tokens, against a dense cache that gives nothing up: its
+attention, written here by hand, hides from each head what that head has given up."""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from conftest import DEVICE
+
+pytest.importorskip("transformers")
+
+import transformers
+from test_hf import BATCH, generate, learned, ours, padded, plain, prompt, reference_backend, tiny  # noqa: F401
+from test_hf_models import NEW, build, full_layers
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import sdpa_mask
+
+import kvevict
+from kvevict.hf import EvictingCache
+from kvevict.hf.pages import BLOCK_SIZE
+from kvevict.policies import (
+    LRU,
+    RECOMMENDED,
+    AttentionMass,
+    Fixed,
+    KeyDiff,
+    KeyNorm,
+    LayerWide,
+    ModelWide,
+    Pyramid,
+    Recency,
+    Shares,
+    SnapKV,
+    Uniform,
+)
+
+GONE: dict[int, torch.Tensor] = {}  # layer -> [B, H, S] bool: what its heads do not see
+
+
+def masked_attention(module, query, key, value, attention_mask, scaling=None, s_aux=None, **_):
+    """softmax(scaling · q·k) · v in float64 over what the model's mask shows and the head has not given up."""
+    B, Hq, T, D = query.shape
+    H, S = key.shape[1:3]
+    visible = torch.ones(T, S, dtype=torch.bool, device=DEVICE).tril(S - T).expand(B, H, T, S)
+    if attention_mask is not None:
+        visible = attention_mask.expand(B, H, T, S)
+    gone = GONE.get(module.layer_idx)
+    if gone is not None:
+        visible = visible & ~torch.nn.functional.pad(gone, (0, S - gone.shape[2]))[:, :, None]
+    visible = visible.repeat_interleave(Hq // H, 1)
+    keys, values = (x.double().repeat_interleave(Hq // H, 1) for x in (key, value))
+    logits = query.double() @ keys.transpose(2, 3) * (D**-0.5 if scaling is None else scaling)
+    logits = logits.masked_fill(~visible, float("-inf"))
+    if s_aux is not None:
+        logits = torch.cat([logits, s_aux.double().view(1, Hq, 1, 1).expand(B, Hq, T, 1)], -1)
+    weights = logits.softmax(-1).nan_to_num(0.0)[..., :S]
+    return (weights @ values).to(query.dtype).transpose(1, 2), None
+
+
+AttentionInterface.register("masked by hand", masked_attention)
+AttentionMaskInterface.register("masked by hand", sdpa_mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norms(KeyNorm):
+    """Scores that are taken to mean the same in all layers."""
+
+    comparable: ClassVar[str] = "model"
+
+
+class Pair:
+    """A model with an EvictingCache, and its double with a DynamicCache and attention masked by hand, which go through
+    the same forwards. `held[layer][b][h]` are the positions that the evictions have left."""
+
+    def __init__(self, model, policy, **options):
+        self.ours, self.theirs = model, copy.deepcopy(model)
+        self.theirs.set_attn_implementation("masked by hand")
+        self.cache = EvictingCache(model, policy, on_evict=self.evicted, **options)
+        self.dense = DynamicCache(config=model.config)
+        self.layers = full_layers(model)
+        self.heads = model.config.num_key_value_heads
+        self.mask = torch.empty(0, 0)
+        self.evictions = []
+
+    def evicted(self, eviction):
+        self.evictions.append(eviction)
+        rows = self.held[eviction.layer]
+        for b, heads in enumerate(eviction.indices.tolist()):
+            for h, indices in enumerate(heads):
+                kept = [i for i in indices if i >= 0]
+                assert kept == sorted(set(kept)) and indices[len(kept) :] == [-1] * (len(indices) - len(kept))
+                rows[b][h] = [rows[b][h][i] for i in kept]
+
+    @torch.no_grad()
+    def forward(self, ids, mask=None):
+        """The same tokens through both: logits agree where there are tokens."""
+        B, new = ids.shape
+        mask = torch.ones_like(ids) if mask is None else mask
+        if self.mask.numel() == 0:
+            self.mask = mask[:, :0]
+            self.held = {layer: [[[] for _ in range(self.heads)] for _ in range(B)] for layer in self.layers}
+        start = self.mask.shape[1]
+        self.mask = torch.cat([self.mask, mask], 1)
+        GONE.clear()
+        for layer, rows in self.held.items():
+            GONE[layer] = torch.ones(B, self.heads, start, dtype=torch.bool, device=DEVICE)
+            for b, heads in enumerate(rows):
+                for h, held in enumerate(heads):
+                    GONE[layer][b, h, held] = False
+                    held += [start + i for i in range(new) if mask[b, i]]
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -new:]
+        options = dict(attention_mask=self.mask, position_ids=positions)
+        expected = self.theirs(ids, past_key_values=self.dense, **options).logits
+        found = self.ours(ids, past_key_values=self.cache, **options).logits
+        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+
+    def decode(self, steps, seed=50):
+        for step in range(steps):
+            self.forward(prompt(1, batch=len(self.mask), seed=seed + step))
+
+    def counts(self, b=0):
+        """Tokens of each head in each layer."""
+        return [[len(held) for held in self.held[layer][b]] for layer in self.layers]
+
+    def check_holdings(self):
+        """The cache holds what it must, in no more memory than promised."""
+        for report, layer in zip(self.cache.report(), self.cache._evicting(), strict=True):
+            counts = [[len(held) for held in heads] for heads in self.held[layer.index]]
+            most = max(sum(of_request) for of_request in counts)
+            assert report.kept == (2 * most + self.heads) // (2 * self.heads)
+            assert (report.fewest, report.most) == (min(map(min, counts)), max(map(max, counts)))
+            assert (report.seen, layer.tokens_of_heads().tolist()) == (self.mask.shape[1], counts)
+            keys, values, lengths = layer.whole()
+            since = layer.cached()
+            paged = [max(n - since, 0) for of_request in counts for n in of_request]
+            rows = sum(paged) + BLOCK_SIZE * len(paged) + since * len(paged)
+            width = keys.shape[3] * keys.element_size() + values.shape[3] * values.element_size()
+            assert report.bytes <= rows * width
+            held = [layer.keys, layer.values, layer.pages.keys, layer.pages.values]
+            assert report.bytes == sum(x.untyped_storage().nbytes() for x in held)
+
+
+def unequal(model, seed=0):
+    """Shares [L, H] of the heads, up to twenty times one another."""
+    shape = len(full_layers(model)), model.config.num_key_value_heads
+    return (3 * torch.rand(shape, generator=torch.Generator().manual_seed(seed)) - 3).exp()
+
+
+def shares_of(kind, model, keep):
+    """(policy, budget) of each way to unequal heads, and of unequal layers."""
+    policy = KeyDiff(sink=2, recent=4)
+    return {
+        "fixed": (policy, Fixed(unequal(model), keep)),
+        "fixed by queries": (replace(RECOMMENDED, heads="each", sink=2, recent=4), Fixed(unequal(model), keep)),
+        "layer-wide": (policy, LayerWide(keep, floor=0.1)),
+        "adaptive": (SnapKV(variant="original", heads="adaptive", floor=0.0), keep),
+        "adaptive, unequal layers": (replace(policy, heads="adaptive"), Fixed(unequal(model), keep, per="layer")),
+        "model-wide": (Norms(sink=2, recent=4), ModelWide(keep)),
+    }[kind]
+
+
+KINDS = ["fixed", "fixed by queries", "layer-wide", "adaptive", "adaptive, unequal layers", "model-wide"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_a_dense_cache_masked_per_head(kind):
+    model = tiny(num_attention_heads=8, num_key_value_heads=4, head_dim=16)
+    policy, keep = shares_of(kind, model, 0.4)
+    pair = Pair(model, policy, keep=keep)
+    pair.forward(prompt(150))
+    counts = pair.counts()
+    assert sum(map(sum, counts)) == 3 * 4 * 60
+    assert len({n for of_layer in counts for n in of_layer}) > 4
+    pair.check_holdings()
+    pair.forward(prompt(7, seed=1))  # a chunk
+    steps = 60 if kind == "fixed" else 12
+    pair.decode(steps)
+    pair.forward(prompt(20, seed=2))
+    assert pair.counts() == [[n + 27 + steps for n in of_layer] for of_layer in counts]
+    assert len(pair.evictions) == 3  # the prompt is cut once
+    pair.check_holdings()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_request_of_a_padded_batch_has_its_own_share(kind):
+    model = tiny(num_attention_heads=8, num_key_value_heads=4, head_dim=16)
+    policy, keep = shares_of(kind, model, 0.5)
+    pair = Pair(model, policy, keep=keep)
+    pair.forward(*padded())
+    for b, length in enumerate(BATCH):
+        assert sum(map(sum, pair.counts(b))) == 3 * 4 * ((length + 1) // 2)
+        alone = Pair(model, policy, keep=keep)
+        alone.forward(prompt(length, seed=b))
+        assert alone.counts() == pair.counts(b)
+    pair.check_holdings()
+    pair.decode(8)
+    # A chunk of which the second request has two tokens, the third none.
+    mask = torch.tensor([[1] * 6, [0] * 4 + [1] * 2, [0] * 6], device=DEVICE)
+    pair.forward(prompt(6, batch=3, seed=7), mask)
+    pair.decode(4, seed=90)
+    pair.check_holdings()
+
+
+def test_a_padded_chunk_right_behind_the_cut():
+    """A tail that is shorter than the chunk, or empty: the op has such queries in front, the model behind."""
+    model = tiny()
+    pair = Pair(model, KeyDiff(sink=2, recent=4), keep=Fixed(unequal(model), 0.5))
+    pair.forward(*padded())
+    pair.forward(prompt(5, batch=3, seed=7), torch.tensor([[0] * 5, [0] * 3 + [1] * 2, [1] * 5], device=DEVICE))
+    pair.decode(3)
+    pair.check_holdings()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "mistral", "phi3", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["fixed", "model-wide"])
+def test_families(family, kind):
+    """gemma3: half of the layers have a window, and scale logits by another number; gpt_oss: attention sinks."""
+    model = build(family)
+    policy, keep = shares_of(kind, model, 0.4)
+    for ids, mask in ((prompt(70), None), padded()):
+        pair = Pair(model, policy, keep=keep)
+        pair.forward(ids, mask)
+        pair.forward(prompt(5, batch=len(ids), seed=1))
+        pair.decode(10)
+        pair.check_holdings()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_budget_holds_for_ever(kind):
+    """Later evictions read the pages and what came since: through chunks, decoding, further turns."""
+    model = tiny()
+    policy, budget = shares_of(kind, model, 48)
+    budget = Uniform(budget) if isinstance(budget, int) else budget
+    pair = Pair(model, policy, budget=budget, interval=8)
+    for turn in range(3):
+        for seed in range(3):
+            pair.forward(prompt(30, seed=10 * turn + seed))
+            assert sum(map(sum, pair.counts())) <= 3 * 2 * (48 + 8) + (0 if "wide" in kind else 6)
+        pair.decode(20, seed=60 + 30 * turn)
+        assert sum(map(sum, pair.counts())) <= 3 * 2 * (48 + 8)
+    assert len(pair.evictions) >= 3 * 6
+    pair.check_holdings()
