@@ -242,3 +242,146 @@ def test_a_budget_holds_for_ever(kind):
         assert sum(map(sum, pair.counts())) <= 3 * 2 * (48 + 8)
     assert len(pair.evictions) >= 3 * 6
     pair.check_holdings()
+
+
+def test_a_layer_may_be_left_with_nothing():
+    """Of all layers' best tokens none may be of one layer. It goes on, and is saved."""
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight.mul_(100)  # KeyNorm: the larger, the worse
+    pair = Pair(model, Norms(sink=0, recent=0), keep=ModelWide(0.3))
+    pair.forward(prompt(80))
+    assert pair.counts()[1] == [0, 0] and sum(map(sum, pair.counts())) == 3 * 2 * 24
+    pair.cache.evict(0.9)
+    pair.forward(prompt(6, seed=1))
+    pair.decode(3)
+    pair.cache.evict(0.5)
+    pair.forward(prompt(6, seed=2))
+    pair.check_holdings()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evicting_at_will_is_what_keep_does(kind):
+    """After chunks, a first time; and once more, of what is left, a share of which each budget takes in its own way."""
+    model = tiny()
+    policy, keep = shares_of(kind, model, 0.6)
+    straight = Pair(model, policy, keep=keep)
+    straight.forward(prompt(90))
+    pair = Pair(model, policy, budget=200)
+    for chunk in prompt(90).split(32, dim=1):
+        pair.forward(chunk)
+    pair.cache.evict(keep)
+    assert pair.held == straight.held
+    pair.check_holdings()
+    pair.forward(prompt(4, seed=1))
+    assert sum(map(sum, pair.counts())) == 3 * 2 * (54 + 4)
+    pair.cache.evict(shares_of(kind, model, 0.5)[1])
+    assert sum(map(sum, pair.counts())) <= 3 * 2 * 29 + 6  # a head's half is rounded
+    assert sum(map(sum, pair.counts())) >= 3 * 2 * 29 - 20  # and shares may be more than a head has left
+    pair.decode(3)
+    pair.cache.evict(40)  # of each head, at most
+    assert max(map(max, pair.counts())) <= 40 or kind == "adaptive" or "layers" in kind
+    pair.decode(3)
+    pair.check_holdings()
+    before = copy.deepcopy(pair.held)
+    pair.cache.evict(1.0)
+    assert pair.held == before
+    pair.decode(1)
+
+
+def test_tokens_since_the_cut_can_be_cropped():
+    model = tiny()
+    pair = Pair(model, KeyDiff(sink=2, recent=4), keep=Fixed(unequal(model), 0.5))
+    pair.forward(prompt(60))
+    with pytest.raises(ValueError, match="expected at least -0"):
+        pair.cache.crop(-1)
+    pair.forward(prompt(7, seed=1))
+    for count in (3, 4):
+        pair.cache.crop(-count)
+        pair.dense.crop(-count)
+        pair.mask = pair.mask[:, :-count]
+        pair.held = {i: [[row[:-count] for row in heads] for heads in rows] for i, rows in pair.held.items()}
+        pair.check_holdings()
+        pair.decode(1)
+        pair.forward(prompt(3, seed=count))
+    with pytest.raises(ValueError, match="expected at least -8"):
+        pair.cache.crop(-9)
+
+
+@pytest.mark.parametrize("mode", ["keep", "budget"])
+def test_saved_caches_answer_as_before(mode, tmp_path):
+    model = tiny()
+    policy = replace(RECOMMENDED, heads="each", sink=2, recent=4)
+    options = dict(keep=Fixed(unequal(model), 0.4))
+    if mode == "budget":
+        options = dict(budget=Fixed(unequal(model), 40), interval=8)
+    pair = Pair(model, policy, **options)
+    pair.forward(*padded())
+    pair.cache.save_pretrained(tmp_path / "at once")
+    pair.decode(3)
+    pair.cache.save_pretrained(tmp_path / "later")
+    pair.cache = EvictingCache.from_pretrained(
+        tmp_path / "later", model, policy, device=DEVICE, on_evict=pair.evicted, **options
+    )
+    pair.check_holdings()
+    pair.decode(12)
+    pair.forward(prompt(9, batch=3, seed=3))
+    pair.check_holdings()
+    assert len(pair.evictions) == 3 if mode == "keep" else len(pair.evictions) > 6
+    at_once = EvictingCache.from_pretrained(tmp_path / "at once", model, policy, device=DEVICE, **options)
+    assert [layer.cached() for layer in at_once.layers] == [0] * 3
+    assert at_once.get_seq_length() == 80
+    loaded = EvictingCache.from_pretrained(tmp_path / "later", model.config, KeyDiff(), keep=0.5)  # of equal heads else
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="budgets that differ by layer or head"):
+        model(prompt(1, batch=3), past_key_values=loaded)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "model-wide"])
+def test_beams_and_batches_that_change(kind):
+    model = tiny()
+    policy, keep = shares_of(kind, model, 0.5)
+    pair = Pair(model, policy, keep=keep)
+    pair.forward(*padded())
+    pair.decode(2)
+    for cache in (pair.cache, pair.dense):
+        cache.batch_select_indices(torch.tensor([2, 0], device=DEVICE))
+        cache.batch_repeat_interleave(2)
+        cache.reorder_cache(torch.tensor([1, 3, 0, 2], device=DEVICE))
+    order = [2, 0, 2, 0]
+    pair.mask = pair.mask[order]
+    pair.held = {i: [[list(row) for row in rows[b]] for b in order] for i, rows in pair.held.items()}
+    pair.decode(2)
+    pair.cache.evict(0.8)
+    pair.decode(1)
+    pair.check_holdings()
+
+
+def test_generate_with_beams_and_samples():
+    """Everything kept, in pages: the tokens of a DynamicCache."""
+    model = tiny()
+    for options in (dict(num_beams=2, do_sample=False), dict(num_beams=3, num_return_sequences=2, do_sample=False),
+                    dict(do_sample=True, num_return_sequences=3)):  # fmt: skip
+        said = []
+        for cache in (DynamicCache(), EvictingCache(model, KeyDiff(), keep=Fixed(unequal(model), 1.0))):
+            torch.manual_seed(1)
+            said.append(model.generate(prompt(60), max_new_tokens=10, past_key_values=cache, **options))
+        assert torch.equal(*said)
+        cache = EvictingCache(model, KeyDiff(recent=4), budget=Fixed(unequal(model), 30), interval=4)
+        assert model.generate(prompt(60), max_new_tokens=12, past_key_values=cache, **options).shape[1] == 72
+
+
+def test_assisted_generation_crops_what_was_wrong():
+    """Eviction waits for the crop. The prompt itself is cut after it."""
+    model = tiny()
+    for kind in ("fixed", "model-wide"):
+        policy, keep = shares_of(kind, model, 0.5)
+        ids = prompt(20).repeat(1, 3)
+        said = [
+            generate(model, ids, past_key_values=EvictingCache(model, policy, keep=keep), **options)
+            for options in (dict(), dict(prompt_lookup_num_tokens=3))
+        ]
+        assert said[0].shape == said[1].shape
+        cache = EvictingCache(model, policy, keep=keep)
+        generate(model, ids, past_key_values=cache, prompt_lookup_num_tokens=3)
+        assert sum(r.kept for r in cache.report()) < 3 * 60

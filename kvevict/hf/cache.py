@@ -302,7 +302,7 @@ class EvictingCache(Cache):
         """
         self.settle()
         layers = self._evicting()
-        if any(not layer.is_initialized or layer.held() == 0 for layer in layers):
+        if any(int(layer.get_seq_length()) == 0 for layer in layers):
             raise ValueError("the cache is empty: expected a cache after a forward")
         budget = _as_budget(keep)
         policy = shares.policy_for(budget, self._policy)

@@ -193,8 +193,11 @@ class EvictingLayer(DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        """Of the keys and values that are held."""
-        return sum(x.nbytes for x in (self.keys, self.values, self.pages) if x is not None)
+        """Of memory that the keys and values keep alive."""
+        held = [self.keys, self.values]
+        if self.pages is not None:
+            held += [self.pages.keys, self.pages.values]
+        return sum(x.untyped_storage().nbytes() for x in held if x is not None)
 
     def reset(self) -> None:
         self.keys = self.values = None  # type: ignore[assignment]

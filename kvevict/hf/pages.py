@@ -19,26 +19,32 @@ BLOCK_SIZE = 16  # tokens; half of a row's last block is empty in the mean
 
 
 class Pages(NamedTuple):
-    """The kept tokens of one layer, each row's in order."""
+    """The kept tokens of one layer, each row's in order. Beyond them only what a row's last block has left is held."""
 
     keys: Tensor  # [num_blocks, BLOCK_SIZE, 1, D]
     values: Tensor  # [num_blocks, BLOCK_SIZE, 1, Dv]
     tables: Tensor  # [B, H, columns] int32, -1 behind a row's blocks
     lengths: Tensor  # [B, H] int32, 0 where a head has kept nothing
-    longest: int  # tokens of the longest row
+    longest: int  # tokens of the longest row, at least 1
     most: int  # tokens of all rows of the request that has most
-
-    @property
-    def nbytes(self) -> int:
-        """Of keys and values: those of the tokens, and of what is empty in each row's last block."""
-        return self.keys.nbytes + self.values.nbytes
 
     def select_requests(self, requests: Tensor) -> Pages:
         """Request i becomes what requests[i] was; the pages of those that are gone stay until the next cut."""
         return self._replace(tables=self.tables[requests], lengths=self.lengths[requests])
 
+    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values as copies [B, H, longest, D], zeros behind a row's last token, and the lengths [B, H] int64."""
+        lengths = self.lengths.long()
+        held = inside(lengths, self.longest)[..., None]
+        blocks = self.tables.clamp(min=0).long()
+        keys, values = (
+            torch.where(held, cache[:, :, 0][blocks].flatten(2, 3)[:, :, : self.longest], 0)
+            for cache in (self.keys, self.values)
+        )
+        return keys, values, lengths
+
     def followed_by(self, keys: Tensor, values: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows as a dense copy, the tail's keys and values [B, H, t, D] behind each row's own.
+        """`dense`, with the tail's keys and values [B, H, t, D] behind each row's own.
 
         Args:
             lengths: [B], tokens of each request's tail; None: t.
@@ -46,21 +52,14 @@ class Pages(NamedTuple):
         Returns:
             keys, values [B, H, longest + t, D] and how many of a row's slots hold a token, [B, H] int64.
         """
-        held, new = self.lengths.long(), keys.shape[2]
-        device = held.device
-        inside = (torch.arange(self.longest, device=device) < held[..., None])[..., None]
-        slots = (held[..., None] + torch.arange(new, device=device))[..., None]
-
-        def joined(pages: Tensor, tail: Tensor) -> Tensor:
-            rows = pages[:, :, 0][self.tables.clamp(min=0).long()].flatten(2, 3)[:, :, : self.longest]
-            rows = torch.nn.functional.pad(torch.where(inside, rows, 0), (0, 0, 0, new))
-            return rows.scatter_(2, slots.expand_as(tail), tail)
-
-        return (
-            joined(self.keys, keys),
-            joined(self.values, values),
-            held + (new if lengths is None else lengths[:, None]),
+        *before, held = self.dense()
+        new = keys.shape[2]
+        slots = (held[..., None] + torch.arange(new, device=held.device))[..., None]
+        rows = (
+            torch.nn.functional.pad(x, (0, 0, 0, new)).scatter_(2, slots.expand_as(tail), tail)
+            for x, tail in zip(before, (keys, values), strict=True)
         )
+        return next(rows), next(rows), held + (new if lengths is None else lengths[:, None])
 
     def attend(self, queries: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
         """Each of the queries [B, Hq, W, D] over all of its row: [B, Hq, W, Dv] and log-sum-exps [B, Hq, W] float32."""
@@ -76,6 +75,11 @@ class Pages(NamedTuple):
         return out.squeeze(3), lse.squeeze(3)
 
 
+def inside(lengths: Tensor, slots: int) -> Tensor:
+    """[B, H, slots] bool: which slots hold a token, where each row has `lengths` [B, H] in front."""
+    return torch.arange(slots, device=lengths.device) < lengths[..., None]
+
+
 def pack(keys: Tensor, values: Tensor, indices: Tensor) -> Pages:
     """The tokens `indices` [B, H, m] (ascending, -1 behind a head's last) of a layer, in as many blocks as they need.
 
@@ -84,6 +88,7 @@ def pack(keys: Tensor, values: Tensor, indices: Tensor) -> Pages:
     kept = (indices >= 0).sum(-1)
     blocks = ((kept + BLOCK_SIZE - 1) // BLOCK_SIZE).sum()
     num_blocks, longest, most = torch.stack([blocks, kept.max(), kept.sum(-1).max()]).tolist()
+    num_blocks, longest = max(num_blocks, 1), max(longest, 1)  # all heads of a layer may have kept nothing
     key_cache, value_cache = (x.new_empty(num_blocks, BLOCK_SIZE, 1, x.shape[3]) for x in (keys, values))
     free = torch.arange(num_blocks, dtype=torch.int32, device=keys.device)
     columns = -(-longest // BLOCK_SIZE)
