@@ -14,12 +14,13 @@ pytest.importorskip("transformers")
 import transformers
 from test_hf import BATCH, generate, learned, ours, padded, plain, prompt, reference_backend, tiny  # noqa: F401
 from test_hf_models import NEW, build, full_layers
+from test_hf_saved import rewritten
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
 import kvevict
 from kvevict.hf import EvictingCache
-from kvevict.hf.pages import BLOCK_SIZE
+from kvevict.hf.pages import BLOCK_SIZE, Pages
 from kvevict.policies import (
     LRU,
     RECOMMENDED,
@@ -29,7 +30,6 @@ from kvevict.policies import (
     KeyNorm,
     LayerWide,
     ModelWide,
-    Pyramid,
     Recency,
     Shares,
     SnapKV,
@@ -135,11 +135,12 @@ class Pair:
             keys, values, lengths = layer.whole()
             since = layer.cached()
             paged = [max(n - since, 0) for of_request in counts for n in of_request]
-            rows = sum(paged) + BLOCK_SIZE * len(paged) + since * len(paged)
             width = keys.shape[3] * keys.element_size() + values.shape[3] * values.element_size()
-            assert report.bytes <= rows * width
-            held = [layer.keys, layer.values, layer.pages.keys, layer.pages.values]
-            assert report.bytes == sum(x.untyped_storage().nbytes() for x in held)
+            tail, pages = (
+                sum(x.untyped_storage().nbytes() for x in held)
+                for held in ((layer.keys, layer.values), (layer.pages.keys, layer.pages.values))
+            )
+            assert pages <= (sum(paged) + BLOCK_SIZE * len(paged)) * width and report.bytes == tail + pages
 
 
 def unequal(model, seed=0):
@@ -385,3 +386,132 @@ def test_assisted_generation_crops_what_was_wrong():
         cache = EvictingCache(model, policy, keep=keep)
         generate(model, ids, past_key_values=cache, prompt_lookup_num_tokens=3)
         assert sum(r.kept for r in cache.report()) < 3 * 60
+
+
+DEFECTS = {
+    "lengths": (
+        lambda x: x.update({"1.pages.lengths": x["1.pages.lengths"][:1]}),
+        r"expected counts of shape \(3, 2\)",
+    ),
+    "negative": (lambda x: x["1.pages.lengths"].fill_(-1), "none below 0"),
+    "total": (lambda x: x["1.pages.lengths"].add_(1), "has pages.keys of shape"),
+    "values": (lambda x: x.update({"1.pages.values": x["1.pages.values"][:-1]}), "has pages.values of shape"),
+    "type": (lambda x: x.update({"1.pages.keys": x["1.pages.keys"].half()}), "and torch.float32"),
+    "no keys": (lambda x: x.pop("1.pages.keys"), "has no 'pages.keys'"),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+@torch.no_grad()
+def test_defects_of_saved_pages_are_named(ours, tmp_path, defect):  # noqa: F811
+    ids, mask = padded()
+    cache = EvictingCache(ours, KeyDiff(recent=4), keep=Fixed(unequal(ours), 0.5))
+    ours(ids, attention_mask=mask, past_key_values=cache)
+    cache.save_pretrained(tmp_path)
+    change, match = DEFECTS[defect]
+    rewritten(tmp_path, lambda _, tensors: change(tensors))
+    with pytest.raises(ValueError, match=rf"cache\.safetensors .*{match}"):
+        EvictingCache.from_pretrained(tmp_path, ours, KeyDiff(), keep=0.5, device=DEVICE)
+
+
+def test_what_is_not_served_is_refused_at_once(plain, ours):  # noqa: F811
+    fixed = Fixed(unequal(plain), 0.5)
+    int_fixed = Fixed(unequal(plain), 40)
+    for policy, options, match in [
+        (RECOMMENDED, dict(keep=fixed), r"policy has heads 'shared': expected dataclasses\.replace\(policy"),
+        (RECOMMENDED, dict(keep=LayerWide(0.5)), "policy has heads 'shared'"),
+        (Recency(), dict(keep=LayerWide(0.5)), "scores of Recency compare within a row"),
+        (KeyDiff(), dict(keep=ModelWide(0.5)), "scores of KeyDiff compare within a layer"),
+        (KeyDiff(), dict(keep=Fixed(torch.ones(4, 2), 0.5)), "shares are of 4 layers: expected 3"),
+        (KeyDiff(), dict(keep=Fixed(torch.ones(3, 4), 0.5)), "shares are of 4 heads a layer: expected 2"),
+        (KeyDiff(), dict(keep=Fixed(torch.ones(4, 2), 0.5, per="layer")), "shares are of 4 layers: expected 3"),
+        (KeyDiff(), dict(budget=fixed), "budget is 0.5: expected an int"),
+        (KeyDiff(), dict(budget=int_fixed, static=True), "static is True, and heads are to keep unequal"),
+        (AttentionMass(), dict(budget=int_fixed), "by AttentionMass, which reads mass: expected with budget="),
+        (AttentionMass(heads="adaptive"), dict(budget=40), "by AttentionMass, which reads mass"),
+        (LRU(), dict(budget=int_fixed), "by LRU, which reads last_used"),
+        (learned(), dict(budget=int_fixed), "by Learned, which reads hidden"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            EvictingCache(plain.config, policy, **options)
+    other = Shares((1.0,), torch.ones(1, 3, 2), {"config": "0123456789abcdef", "model": "other-1b"})
+    with pytest.raises(ValueError, match="shares are of other-1b with config 0123456789abcdef: expected "):
+        EvictingCache(plain.config, keep=Fixed(other, 0.5))
+    falcon = tiny(transformers.FalconConfig, transformers.FalconForCausalLM, alibi=False, multi_query=False)
+    with pytest.raises(ValueError, match='need "kvevict" attention, which FalconForCausalLM cannot use'):
+        EvictingCache(falcon, keep=Fixed(torch.ones(3, 2), 0.5))
+    with pytest.raises(ValueError, match="kv_lora_rank 24"):
+        EvictingCache(build("deepseek_v3").config, keep=LayerWide(0.5))
+    if hasattr(transformers, "Gemma4TextConfig"):
+        config = transformers.Gemma4TextConfig(num_kv_shared_layers=2)
+        with pytest.raises(ValueError, match="num_kv_shared_layers 2"):
+            EvictingCache(config, keep=LayerWide(0.5))
+    with pytest.raises(ValueError, match="budgets that differ by layer or head"):  # of the config alone
+        generate(plain, prompt(40), past_key_values=EvictingCache(plain.config, keep=fixed))
+    cache = EvictingCache(ours, KeyDiff(), budget=100, static=True)
+    generate(ours, prompt(40), past_key_values=cache)
+    with pytest.raises(ValueError, match="static is True, and heads"):
+        cache.evict(fixed)
+
+
+@pytest.mark.skipif(not NEW, reason="another cache in older versions")
+def test_keys_and_values_of_a_models_own_making_are_refused():
+    model = build("diffllama")  # attends over its values twice, in other arrangements
+    cache = EvictingCache(model, KeyDiff(), keep=LayerWide(0.5))
+    with pytest.raises(ValueError, match="DiffLlama.* attends more than once over what it caches"):
+        generate(model, prompt(40), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    cache = EvictingCache(model, KeyDiff(), budget=100)
+    generate(model, prompt(40), past_key_values=cache)
+    cache.evict(LayerWide(0.5))
+    with pytest.raises(ValueError, match="DiffLlama.* attends more than once over what it caches"):
+        generate(model, prompt(60), past_key_values=cache)
+
+
+def test_gradients_end_at_the_prompt(ours):  # noqa: F811
+    cache = EvictingCache(ours, KeyDiff(recent=4), keep=Fixed(unequal(ours), 0.5))
+    with torch.enable_grad():
+        ours(prompt(40), past_key_values=cache).logits.sum().backward()
+        ours.zero_grad()
+        with pytest.raises(ValueError, match=r"gradients are wanted.*torch\.no_grad"):
+            ours(prompt(3), past_key_values=cache)
+    assert cache.get_seq_length() == 40  # as it was
+    with torch.no_grad():
+        ours(prompt(3), past_key_values=cache)
+    assert cache.get_seq_length() == 43
+
+
+@torch.no_grad()
+def test_decoding_makes_no_dense_copy(ours, monkeypatch):  # noqa: F811
+    cache = EvictingCache(ours, SnapKV(variant="original"), budget=Fixed(unequal(ours), 60), interval=16)
+    ours(prompt(100), past_key_values=cache)
+    monkeypatch.setattr(Pages, "dense", None)
+    for step in range(16):
+        ours(prompt(1, seed=step), past_key_values=cache)
+    with pytest.raises(TypeError):  # before an eviction it is made
+        ours(prompt(1), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"layer 0 hold unequal numbers.*layers\[i\]\.whole\(\)"):
+        list(cache)
+
+
+def test_unequal_layers_alone_need_no_pages(ours):  # noqa: F811
+    cache = EvictingCache(ours, RECOMMENDED, keep=Fixed(unequal(ours), 0.5, per="layer"))
+    generate(ours, prompt(80), past_key_values=cache)
+    assert all(layer.pages is None for layer in cache.layers)
+    assert sum(r.kept - 11 for r in cache.report()) == 3 * 40 and len({r.kept for r in cache.report()}) == 3
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the other tests run the kernels there")
+def test_the_kernels_in_the_interpreter():
+    """A prompt that is padded, a chunk that is, a decode step, an eviction from pages, and a step."""
+    model = tiny(num_hidden_layers=1)
+    shares = torch.tensor([[1.0, 4.0]])
+    with kvevict.backend("triton"):
+        pair = Pair(model, KeyDiff(sink=2, recent=4), keep=Fixed(shares, 0.5))
+        pair.forward(prompt(40, batch=2), torch.tensor([[1] * 40, [0] * 15 + [1] * 25]))
+        assert pair.counts(0) == [[8, 32]] and pair.counts(1) == [[6, 20]]
+        pair.forward(prompt(3, batch=2, seed=1), torch.tensor([[0] * 2 + [1], [1] * 3]))
+        pair.decode(1)
+        pair.cache.evict(0.5)
+        pair.decode(1)
+        pair.check_holdings()

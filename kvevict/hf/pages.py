@@ -33,7 +33,7 @@ class Pages(NamedTuple):
         return self._replace(tables=self.tables[requests], lengths=self.lengths[requests])
 
     def dense(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values as copies [B, H, longest, D], zeros behind a row's last token, and the lengths [B, H] int64."""
+        """Copies of keys and values [B, H, longest, D], zeros behind a row's last, and the lengths [B, H] int64."""
         lengths = self.lengths.long()
         held = inside(lengths, self.longest)[..., None]
         blocks = self.tables.clamp(min=0).long()

@@ -221,8 +221,8 @@ def _check_packed(own: dict[str, Tensor], B: int, H: int) -> None:
     for name, rows, like in (("keys", keys, own["keys"]), ("values", values, own["values"])):
         if rows.shape != (total, like.shape[3]) or rows.dtype != like.dtype:
             raise ValueError(
-                f"has pages.{name} of shape {tuple(rows.shape)} and {rows.dtype}: expected {(total, like.shape[3])} and "
-                f"{like.dtype}, as lengths and {name} have"
+                f"has pages.{name} of shape {tuple(rows.shape)} and {rows.dtype}: expected {(total, like.shape[3])}, "
+                f"as pages.lengths and {name} say, and {like.dtype}"
             )
 
 
