@@ -141,17 +141,17 @@ class PagedPool:
             state.idle = was_idle
             raise
         self._used(request)
-        for blocks, count in zip(state.blocks, missing, strict=True):
-            blocks += [self._free.pop() for _ in range(count)]
+        for own, count in zip(state.blocks, missing, strict=True):
+            own += [self._free.pop() for _ in range(count)]
         table, lengths = self._tables(state.blocks), torch.tensor(state.lengths, device=keys.device)
         slots = lengths[:, None] + torch.arange(new, device=keys.device)
         blocks, slots = table.gather(1, slots // self.block_size), slots % self.block_size
         for value, cache in ((keys, self.key_cache), (values, self.value_cache)):
             value, cache = _as_bytes(value), _as_bytes(cache)
             if self.per_head:
-                cache[blocks, slots, 0] = value.flatten(0, 1)
+                _as_bytes(cache)[blocks, slots, 0] = _as_bytes(value).flatten(0, 1)
             else:
-                cache[:, blocks[0], slots[0]] = value.transpose(1, 2)
+                _as_bytes(cache)[:, blocks[0], slots[0]] = _as_bytes(value).transpose(1, 2)
         state.lengths = [length + new for length in state.lengths]
         state.seen += new
 
