@@ -43,6 +43,9 @@ def decode_run_kernel(
     row = (program // splits // row_blocks).to(tl.int64)
     b, h = row // H, row % H
     length = row_length(lengths, b, h, S)
+    begin = split * chunk
+    if begin >= length:  # the merge does not ask for it
+        return
     offset = tl.maximum(length - W, 0)
     columns = tl.arange(0, BLOCK_D)
     value_columns = value_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
@@ -53,7 +56,6 @@ def decode_run_kernel(
     query_pointers = group_rows_at(queries, b, h, rows, is_query, G)
     query = load_tile(queries, query_pointers, is_query, columns, COMPUTE)
 
-    begin = split * chunk
     end = tl.minimum(begin + chunk, length)
     best = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
@@ -100,9 +102,9 @@ def decode_run_kernel(
     tl.store(pointers, sums, mask=in_group[:, None] & (value_columns < values.width)[None, :])
 
 
-@triton.jit(do_not_specialize=["splits", "W"])
+@triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def merge_decode_kernel(
-    sums_ptr, best_ptr, total_ptr, out_ptr, given_lse_ptr, lse_ptr, splits, W,
+    sums_ptr, best_ptr, total_ptr, lengths, out_ptr, given_lse_ptr, lse_ptr, W, S, H, splits, chunk,
     G: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     query = tl.program_id(0).to(tl.int64)  # of B · Hq · W
@@ -112,7 +114,8 @@ def merge_decode_kernel(
     best = tl.full([], float("-inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)
     sums = tl.zeros([BLOCK_DV], tl.float32)
-    for split in range(0, splits):
+    length = row_length(lengths, row // H, row % H, S)
+    for split in range(0, (length + chunk - 1) // chunk):  # a short row has fewer parts than the longest
         part = ((row * splits + split) * W + w) * G + head % G
         part_best = tl.load(best_ptr + part)
         best_after = tl.maximum(best, part_best)
@@ -202,7 +205,8 @@ def decode_attention(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     merge_decode_kernel[(B * HQ * W,)](
-        sums, best, total, out, given_lse, lse, config.splits, W, G=G, DV=DV, BLOCK_DV=triton.next_power_of_2(DV),
+        sums, best, total, per_head, out, given_lse, lse, W, S, H, config.splits, config.chunk,
+        G=G, DV=DV, BLOCK_DV=triton.next_power_of_2(DV),
     )  # fmt: skip
     if logits is not None:
         BLOCK = 1024  # 8 tokens a thread: enough loads in flight for a few floats a token
