@@ -12,7 +12,7 @@ of what bounds it, over its waves.
 A wave is as many programs as fit the device by registers, shared memory and warps; the last one may be smaller. A gap
 is added to every launch.
 
-Where rows have unequal lengths, all programs are looked at, and latency is that of the longest. Not in it: bank
+Where rows have unequal lengths, all programs are looked at, and latency is when the last of them ends. Not in it: bank
 conflicts, programs of other launches that do more than their mean, and what a pass over more than half of L2 leaves
 there for the next.
 """
@@ -20,6 +20,7 @@ there for the next.
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import pathlib
 import re
@@ -228,8 +229,8 @@ def launch_cost(
     hbm, from_memory = memory_accesses(run, device, caches, set() if warm is None else warm)
     asked = sum(access.bytes for access in run.accesses if access.lane_bytes >= 8)  # narrow ones are mostly broadcasts
     fit = device.fit(launch.warps, machine_code.registers(launch.compiled), launch.compiled.metadata.shared)
-    longest = executed(launch, code, known, [run.longest]) if unequal else run
-    cycles, under_way = alone(longest, device, from_memory)
+    longest = max(run.work, key=run.work.get)
+    cycles, under_way = alone(executed(launch, code, known, [longest]) if unequal else run, device, from_memory)
     pipes = pipe_cycles(run)
 
     def wave(programs: int) -> tuple[float, str]:
@@ -241,17 +242,31 @@ def launch_cost(
         bounds["L2"] = asked * share / device.l2_bandwidth
         return max((seconds, name) for name, seconds in bounds.items())
 
-    full, rest = divmod(launch.programs, fit * device.multiprocessors)
+    slots = fit * device.multiprocessors
+    full, rest = divmod(launch.programs, slots)
     bounds: Counter = Counter()
-    for number, programs in ((full, fit * device.multiprocessors), (1, rest)):
-        if number and programs:
-            seconds, bound = wave(programs)
-            bounds[bound] += number * seconds
+    if unequal:  # a slot takes the next program when it is done with one
+        seconds, bound = wave(launch.programs)
+        latency = last_end(list(run.work.values()), slots) / run.work[longest] * cycles / device.clock
+        bounds[bound if seconds > latency else "latency"] = max(seconds, latency)
+    else:
+        for number, programs in ((full, slots), (1, rest)):
+            if number and programs:
+                seconds, bound = wave(programs)
+                bounds[bound] += number * seconds
     return LaunchCost(
         launch.kernel, launch.programs, fit, full + bool(rest), hbm, asked,
         under_way * launch.warps * min(fit, -(-launch.programs // device.multiprocessors)),
         sum(run.counts) * launch.warps * launch.programs, sum(bounds.values()), max(bounds, key=bounds.get),
     )  # fmt: skip
+
+
+def last_end(work: list[int], slots: int) -> int:
+    """When the last of these is done, if each in turn takes the slot that is free first."""
+    ends = [0] * slots
+    for amount in work:
+        heapq.heappush(ends, heapq.heappop(ends) + amount)
+    return max(ends)
 
 
 class _TorchLaunches(torch.utils._python_dispatch.TorchDispatchMode):

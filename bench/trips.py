@@ -412,7 +412,7 @@ class Executed:
     counts: list[float]  # of each instruction
     loops: list[tuple[int | None, float]]  # of each instruction: address of its innermost loop, trips through it
     accesses: list[Access]
-    longest: int  # the program, of those that were looked at, that runs the most
+    work: dict[int, int]  # of each program that was looked at: blocks run
 
 
 def sampled(launch: Launch) -> set[int]:
@@ -430,13 +430,13 @@ def executed(launch: Launch, code: list[Instruction], known=(), chosen: Collecti
     deciding = _deciding(program)
     sizes = {name: value for name, value in launch.arguments.items() if isinstance(value, int)}
     chosen = chosen or sampled(launch)
-    runs, entries, longest = Counter(), Counter(), (0, 0)
+    runs, entries, work = Counter(), Counter(), {}
     for program_id in chosen:
         of_one = _blocks_run(launch, program, deciding, program_id, known, sizes)
         for total, found in zip((runs, entries), of_one, strict=True):
             for block, count in found.items():
                 total[block] += count / len(chosen)
-        longest = max(longest, (of_one[0].total(), program_id))
+        work[program_id] = of_one[0].total()
 
     loops = _sass_loops(code)
     inner = [
@@ -484,4 +484,4 @@ def executed(launch: Launch, code: list[Instruction], known=(), chosen: Collecti
         else:  # all trips are written out
             counts.append(runs[block] / (copies(None, source.head) or 1))
     where = [(loop and loop[0], trips.get(loop, 1.0)) for loop in inner]
-    return Executed(code, counts, where, _accesses(launch, program, runs), longest[1])
+    return Executed(code, counts, where, _accesses(launch, program, runs), work)
