@@ -515,3 +515,24 @@ def test_the_kernels_in_the_interpreter():
         pair.cache.evict(0.5)
         pair.decode(1)
         pair.check_holdings()
+
+
+@pytest.mark.slow
+def test_smollm2():
+    """A real model with shares of a real kind: a few heads hold most."""
+    from kvevict import models
+
+    try:
+        model, tokenizer = models.load(device=DEVICE)
+    except models.Unavailable as error:
+        pytest.skip(str(error))
+    ids = torch.tensor([tokenizer(models.sample_text()[:3000])["input_ids"][:420]], device=DEVICE)
+    pair = Pair(model, KeyDiff(), keep=Fixed(unequal(model) ** 2, 0.25))
+    pair.forward(ids[:, :400])
+    counts = [n for of_layer in pair.counts() for n in of_layer]
+    assert sum(counts) == 30 * 3 * 100 and min(counts) == 36 and max(counts) >= 300
+    pair.check_holdings()
+    pair.forward(ids[:, 400:410])
+    for token in ids[:, 410:].split(1, dim=1):
+        pair.forward(token)
+    pair.check_holdings()
