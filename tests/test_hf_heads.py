@@ -214,6 +214,32 @@ def test_a_padded_chunk_right_behind_the_cut():
     pair.check_holdings()
 
 
+@pytest.mark.parametrize("kind", ["fixed by queries", "layer-wide", "model-wide"])
+def test_a_padded_prompt_in_chunks(kind):
+    """Requests that have no token yet keep none when others are cut."""
+    model = tiny()
+    policy, budget = shares_of(kind, model, 12)
+    pair = Pair(model, policy, budget=budget, interval=2)
+    ids, mask = padded()
+    for chunk, shown in zip(ids.split(20, 1), mask.split(20, 1), strict=True):
+        pair.forward(chunk, shown)
+        pair.check_holdings()
+    pair.decode(6)
+    pair.check_holdings()
+    assert len(pair.evictions) >= 3 * 4
+
+
+def test_a_prompt_in_inference_mode():
+    model = tiny()
+    pair = Pair(model, KeyDiff(sink=2, recent=4), budget=Fixed(unequal(model), 40), interval=8)
+    with torch.inference_mode():
+        pair.forward(*padded())
+        pair.decode(2)
+    pair.decode(10)
+    pair.cache.reorder_cache(torch.tensor([0, 1, 2], device=DEVICE))
+    pair.decode(1)
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "mistral", "phi3", "gpt_oss"])
 @pytest.mark.parametrize("kind", ["fixed", "model-wide"])
 def test_families(family, kind):

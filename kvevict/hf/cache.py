@@ -148,7 +148,8 @@ class EvictingCache(Cache):
         full = _full_layers(self._config, layers)
         _check_learned(policy, full[-1] + 1)
         self._budget, self._policy = share, shares.policy_for(share, policy)
-        self._heads = getattr(self._config, "num_key_value_heads", None) or self._config.num_attention_heads
+        heads = (getattr(self._config, name, None) for name in ("num_key_value_heads", "num_attention_heads"))
+        self._heads = next(filter(None, heads), 1)
         of_heads = shares.unequal_heads(share, self._policy)
         self._guarded = False
         if of_heads:

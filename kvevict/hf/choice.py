@@ -36,15 +36,14 @@ def choose(layer: EvictingLayer, policy: Policy, keep: Keep) -> Choice:
     """
     scores, lengths = scored(layer, policy)
     B, H, S = scores.shape
-    counts = torch.tensor(keep)
-    if counts.ndim == 2 or isinstance(keep, tuple):  # of heads
-        return _of_heads(policy.choose(scores, counts.to(scores.device).expand(B, H), lengths))
+    if isinstance(keep, Tensor):
+        return _of_heads(layer, policy.choose(scores, keep.to(scores.device).expand(B, H), lengths))
     if isinstance(keep, list):
-        indices = _of_requests(policy, scores, counts.tolist(), lengths)
+        indices = _of_requests(policy, scores, keep, lengths)
     else:
         indices = policy.choose(scores, min(keep, S) if isinstance(keep, int) else keep, lengths)
     if policy.heads == "adaptive" or layer.pages is not None:
-        return _of_heads(indices)
+        return _of_heads(layer, indices)
     return Choice(indices, None if layer.lengths is None else (indices[:, 0] >= 0).sum(-1))
 
 
@@ -65,10 +64,12 @@ def choose_together(layers: Sequence[EvictingLayer], policy: Policy, keep: int |
     keep = min(keep, S) if isinstance(keep, int) else keep
     sink, recent = policy.protected
     chosen = model_wide(scores, keep, sink=sink, recent=recent, lengths=lengths)
-    return [_of_heads(indices) for indices in chosen]
+    return [_of_heads(layer, indices) for layer, indices in zip(layers, chosen, strict=True)]
 
 
-def _of_heads(indices: Tensor) -> Choice:
+def _of_heads(layer: EvictingLayer, indices: Tensor) -> Choice:
+    if layer.lengths is not None:  # a request without a token was taken to have one
+        indices = indices.masked_fill(indices >= layer.tokens_of_heads()[..., None], -1)
     return Choice(indices, (indices >= 0).sum(-1))
 
 

@@ -22,7 +22,7 @@ from kvevict.hf.attention import NAME, hand_over, sdpa
 from kvevict.hf.choice import Choice, choose
 from kvevict.hf.notes import Notes, thawed
 from kvevict.hf.pages import Pages
-from kvevict.hf.shares import Heads, Keep
+from kvevict.hf.shares import Keep
 from kvevict.policies import Policy
 
 
@@ -56,7 +56,7 @@ class EvictingLayer(DynamicLayer):
     """Arguments as EvictingCache has them.
 
     keep: a share or number of the prompt's tokens, or a function that gives it for what `tokens` gives.
-    budget: tokens of each head, or Heads.
+    budget: tokens of a head, or [H] of them: of each.
     attention_is_ours: whether the model's attention is set to be `kvevict.hf.attention`.
     of_heads: heads may come to keep unequal numbers.
     together: called instead of an eviction, where all layers evict at once.
@@ -72,7 +72,7 @@ class EvictingLayer(DynamicLayer):
         interval: int,
         *,
         keep: int | float | Callable[[int | list[int]], Keep] | None = None,
-        budget: int | Heads | None = None,
+        budget: int | Tensor | None = None,
         attention_is_ours: Callable[[], bool],
         on_evict: Callable[[Eviction], None],
         of_heads: bool = False,
@@ -447,7 +447,7 @@ class EvictingLayer(DynamicLayer):
         """With a budget: tokens of all heads beyond it and the interval."""
         assert self.budget is not None
         heads = self.keys.shape[1]
-        total = sum(self.budget) if isinstance(self.budget, tuple) else heads * self.budget
+        total = int(self.budget.sum()) if isinstance(self.budget, Tensor) else heads * self.budget
         return self.held() - total - heads * self.interval
 
     def _due(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from kvevict import validate
 from kvevict.policies import Budget, Fixed, LayerWide, ModelWide, Policy, Uniform
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from kvevict.hf.layer import EvictingLayer
 
 WHOLE = 1_000_000  # of which a layer's share is told in parts while it is not known how many tokens there will be
-Heads = tuple[int, ...]  # tokens of each KV head
-Keep = int | float | list[int] | Heads | list[Heads]  # tokens, a share of each request's, or tokens of each request
+# Tokens, a share of each request's, or tokens of each request; or those of each KV head, an int64 tensor on the CPU:
+# [H], or [B, H] for each request.
+Keep = int | float | list[int] | Tensor
 
 
 def policy_for(budget: Budget, policy: Policy) -> Policy:
@@ -81,8 +83,8 @@ def check_served(config: Any, policy: Policy, *, for_ever: bool, static: bool) -
         )
 
 
-def told(budget: Budget, layers: Sequence[EvictingLayer], heads: int, policy: Policy) -> list[Any] | None:
-    """What each layer is to keep of what it holds: a Keep; None where all layers choose together."""
+def told(budget: Budget, layers: Sequence[EvictingLayer], heads: int, policy: Policy) -> list[Keep] | None:
+    """What each layer is to keep of what it holds; None where all layers choose together."""
     if isinstance(budget, ModelWide):
         return None
     if isinstance(budget, (Uniform, LayerWide)):
@@ -107,8 +109,8 @@ def _most(of_layers: list[Any]) -> int | list[int]:
 
 def of_layer(
     budget: Budget, layer: int, layers: int, heads: int, protected: int, tokens: int | list[int], most: int = 0
-) -> Any:
-    """What the `layer`-th of `layers` keeps: a Keep. All layers together keep what the budget promises.
+) -> Keep:
+    """What the `layer`-th of `layers` keeps. All layers together keep what the budget promises.
 
     Args:
         heads: KV heads of a layer.
@@ -119,8 +121,10 @@ def of_layer(
     if isinstance(budget, (Uniform, LayerWide)):
         return budget.keep
     if isinstance(tokens, list):
-        return [_counts(budget, layers, heads, protected, count, most)[layer] for count in tokens]
-    return _counts(budget, layers, heads, protected, tokens, most)[layer]
+        told = [_counts(budget, layers, heads, protected, count, most)[layer] for count in tokens]
+    else:
+        told = _counts(budget, layers, heads, protected, tokens, most)[layer]
+    return torch.tensor(told) if budget.spread == "heads" else told
 
 
 @functools.lru_cache(maxsize=256)  # every layer asks, of every request
@@ -134,9 +138,9 @@ def _counts(budget: Budget, layers: int, heads: int, protected: int, tokens: int
     return budget.per_head(layers, heads, tokens, protected) if of_heads else budget.per_layer(layers, tokens)
 
 
-def beforehand(budget: Budget, layers: int, heads: int, protected: int) -> tuple[Any, ...]:
-    """Tokens that each layer keeps of any number of them, or parts of WHOLE where the budget is a share; those of each
-    head where the budget tells them. A choice over all layers is told as what they keep in the mean.
+def beforehand(budget: Budget, layers: int, heads: int, protected: int) -> list[Any]:
+    """Tokens that each layer keeps of any number of them, or parts of WHOLE where the budget is a share: an int, or a
+    tensor [H] where the budget tells them for each head. A choice over all layers is told as their mean.
 
     Raises:
         ValueError: the budget is of a model with other layers or heads.
@@ -148,5 +152,5 @@ def beforehand(budget: Budget, layers: int, heads: int, protected: int) -> tuple
     else:
         tokens, protected = WHOLE, 0
     if budget.spread == "heads":
-        return budget.per_head(layers, heads, tokens, protected)
-    return budget.per_layer(layers, tokens)
+        return list(torch.tensor(budget.per_head(layers, heads, tokens, protected)))
+    return list(budget.per_layer(layers, tokens))

@@ -114,6 +114,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.held = [[[[] for _ in range(HEADS)] for _ in self.mask] for _ in range(LAYERS)]
         self.since = [0] * LAYERS  # tokens since the last that were given up, in each layer
         self.cuts = [0] * LAYERS  # evictions of the prompt
+        self.paged = [False] * LAYERS  # what heads of unequal length have kept lies in pages
 
     def evicted(self, eviction) -> None:
         """The model follows an eviction, if it was a right one."""
@@ -135,7 +136,8 @@ class CacheMachine(RuleBasedStateMachine):
                     assert not gone or not stayed or max(stayed) <= min(gone) + 1e-5
                 given_up |= len(chosen) < length
                 heads[h] = [held[i] for i in chosen]
-        if given_up or self.unequal:
+        self.paged[layer] |= self.unequal and self.asked is None
+        if given_up or self.paged[layer]:
             self.since[layer] = 0
         self.cuts[layer] += 1
 
@@ -270,7 +272,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert (report.seen, int(layer.get_seq_length())) == (seen, seen)
             assert (report.fewest, report.most) == (min(len(x) for y in held for x in y), longest)
             keys, values, lengths = layer.whole()
-            assert (lengths is not None and lengths.ndim == 2) == (self.unequal and self.cuts[layer.index] > 0)
+            assert (lengths is not None and lengths.ndim == 2) == self.paged[layer.index]
             for b, heads in enumerate(held):
                 for h, tokens in enumerate(heads):
                     assert rows(keys[b, h, : len(tokens)]) == [token.key for token in tokens]
