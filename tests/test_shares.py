@@ -94,7 +94,7 @@ def test_shares_are_found_by_the_config(monkeypatch):
 
 
 def test_the_package_carries_those_of_smollm2():
-    """Found by the sizes that its config says; the best tokens were `keep` of all, and a few heads hold many of them."""
+    """Found by the sizes that its config says; the best tokens were `keep` of all, and a few heads hold many."""
     smollm2 = config(num_hidden_layers=30, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
                      num_key_value_heads=3, vocab_size=49152, rope_parameters={"rope_theta": 1e5})  # fmt: skip
     found = shares.find(smollm2)
