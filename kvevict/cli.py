@@ -38,6 +38,9 @@ def demo(
         0.1,
     ],
     policy: Annotated[str, typer.Option(help="keydiff, keynorm, attention, ... or all, side by side.")] = "keydiff",
+    shares: Annotated[
+        str, typer.Option(help="none: equal; or measured ones of the model: layers, or heads of each layer.")
+    ] = "none",
     weights: Annotated[
         pathlib.Path | None, typer.Option(help="Of the learned scorer; default: what train wrote.")
     ] = None,
@@ -46,7 +49,7 @@ def demo(
 ) -> None:
     """Hide a fact in a long text, shrink the model's KV cache, and ask for the fact."""
     try:
-        demo_module.run(model, text, tokens, keep, policy, weights, device, output)
+        demo_module.run(model, text, tokens, keep, policy, shares, weights, device, output)
     except models.Unavailable as error:
         print(f"kvevict demo: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
