@@ -56,6 +56,13 @@ def test_shares_are_the_mean_of_what_heads_keep_of_the_best_tokens(model):
     torch.testing.assert_close(table.mean((1, 2)), torch.tensor(keeps))
 
 
+def test_layers_of_unlike_heads_are_refused(model, monkeypatch):
+    unlike = [torch.rand(1, 2, S), torch.rand(1, 4, S)]
+    monkeypatch.setattr("kvevict.hf.reconstruct.repeat_scores", lambda *_: unlike)
+    with pytest.raises(ValueError, match=r"layers of \[2, 4\] KV heads"):
+        measure_shares.measure(model, pieces(1), torch.tensor([7]), (0.7,))
+
+
 def test_the_favoured_tenth_by_hand():
     table = torch.full((10, 2), 0.1)
     table[3, 1], table[7, 0] = 0.6, 1.0
