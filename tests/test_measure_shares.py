@@ -90,6 +90,9 @@ def test_the_command_writes_shares_that_fit_the_model(model, tmp_path, monkeypat
     torch.testing.assert_close(torch.tensor(said["table"]), shares.table, rtol=0, atol=1e-5)
     assert said["keeps"] == [0.7, 0.9] and (tmp_path / "tiny.png").stat().st_size > 10_000
     assert "most favoured of 6 heads" in " ".join(capsys.readouterr().out.split())
+    texts[1].write_text("too short")
+    with pytest.raises(measure_shares.models.Unavailable, match=r"b\.txt: the text has 9 tokens"):
+        measure_shares.run("tiny", texts, 2, S, [0.9], "cpu", out, report)
     counts = Fixed(out, 0.8).per_head(3, 2, 100, protected=36)
     assert sum(map(sum, counts)) == 480
 
