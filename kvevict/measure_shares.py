@@ -137,7 +137,8 @@ def run(
 
     metadata = {
         "model": model_name, "config": config_hash(model.config),
-        "texts": f"{texts} pieces each of {', '.join(bodies)}", "tokens": str(tokens), "protected": f"{SINK} + {RECENT}", "version": __version__,
+        "texts": f"{texts} pieces each of {', '.join(bodies)}", "tokens": str(tokens),
+        "protected": f"{SINK} + {RECENT}", "version": __version__,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }  # fmt: skip
     shares = Shares(tuple(keeps), table, metadata)
