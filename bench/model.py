@@ -229,8 +229,7 @@ def launch_cost(
     hbm, from_memory = memory_accesses(run, device, caches, set() if warm is None else warm)
     asked = sum(access.bytes for access in run.accesses if access.lane_bytes >= 8)  # narrow ones are mostly broadcasts
     fit = device.fit(launch.warps, machine_code.registers(launch.compiled), launch.compiled.metadata.shared)
-    longest = max(run.work, key=run.work.get)
-    cycles, under_way = alone(executed(launch, code, known, [longest]) if unequal else run, device, from_memory)
+    cycles, under_way = alone(run, device, from_memory)
     pipes = pipe_cycles(run)
 
     def wave(programs: int) -> tuple[float, str]:
@@ -247,7 +246,12 @@ def launch_cost(
     bounds: Counter = Counter()
     if unequal:  # a slot takes the next program when it is done with one
         seconds, bound = wave(launch.programs)
-        latency = last_end(list(run.work.values()), slots) / run.work[longest] * cycles / device.clock
+        ones = {work: program for program, work in run.work.items()}  # one of each kind stands for all
+        takes = {
+            work: alone(executed(launch, code, known, [program]), device, from_memory)[0]
+            for work, program in ones.items()
+        }
+        latency = last_end([takes[work] for work in run.work.values()], slots) / device.clock
         bounds[bound if seconds > latency else "latency"] = max(seconds, latency)
     else:
         for number, programs in ((full, slots), (1, rest)):
@@ -261,11 +265,11 @@ def launch_cost(
     )  # fmt: skip
 
 
-def last_end(work: list[int], slots: int) -> int:
+def last_end(takes: list[float], slots: int) -> float:
     """When the last of these is done, if each in turn takes the slot that is free first."""
-    ends = [0] * slots
-    for amount in work:
-        heapq.heappush(ends, heapq.heappop(ends) + amount)
+    ends = [0.0] * slots
+    for time_ in takes:
+        heapq.heappush(ends, heapq.heappop(ends) + time_)
     return max(ends)
 
 

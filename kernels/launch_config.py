@@ -217,7 +217,7 @@ class DecodeConfig:
     num_warps: int = 4
 
 
-MAX_DECODE_SPLITS = 128  # the partial results of a row are merged by one program, 16 at a time
+MAX_DECODE_SPLITS = 128  # the partial results of a row are merged by one program, 32 at a time
 
 
 def decode_config(
