@@ -105,6 +105,8 @@ def launch_paged(S, D, dtype):
     columns = -(-S // 16)
     keys, values = (x.transpose(1, 2) for x in torch.empty(2, 2 * columns, 16, 4, D, dtype=dtype))
     table, lengths = torch.empty(2, columns, dtype=torch.int32), torch.full((2,), S, dtype=torch.int32)
+    for rows in (None, table):
+        backend.check_rows(lengths, S, rows, keys.shape[0], 16, torch.empty(1, dtype=torch.bool))
     out = torch.empty(2, 4, columns * 16)
     backend.keydiff_scores(keys, None, True, lengths, out, table)
     backend.key_norm_scores(keys, lengths, out, table)
@@ -136,7 +138,7 @@ ROWS = [
       for case in at(64, 80, 128, 256, dtype=dtype)),
     *at(72, 120), *at(128, offset=8), *at(128, dtype=torch.float8_e4m3fn, offset=16),
 ]  # fmt: skip
-ROWS_CROSS = [*at(128, 120), *at(128, offset=8), *at(80, dtype=torch.float8_e4m3fn)]
+ROWS_CROSS = [*at(128, 120), *at(80, dtype=torch.float8_e4m3fn)]
 TILES = [
     *at(64, 80, 128, 256, 576), *at(128, dtype=torch.float8_e4m3fn), *at(128, dtype=torch.float32), *at(72, 120),
     *at(128, offset=8),
