@@ -185,6 +185,8 @@ class EvictingCache(Cache):
             raise ValueError(f"layer_idx is {layer_idx}: expected less than {len(self.layers)}, the config's layers")
         if layer_idx <= self._full[0] and not self._attention_is_ours():  # layers before it do not evict, but they grow
             self._refuse_what_is_not_seen(key_states.shape[0])
+        if layer_idx == 0 and not self._static:  # whose numbers stay on the device
+            self._refuse_unlike_layers()
         if layer_idx == self._full[0]:
             masks.forget()
             self._watch_for_chunks(key_states.shape[2])
@@ -211,6 +213,17 @@ class EvictingCache(Cache):
                 f'a batch of {batch} requests needs "{NAME}" attention, without which padding is taken for tokens: '
                 f"{remedy}, or make the cache with the model, not its config"
             )
+
+    def _refuse_unlike_layers(self) -> None:
+        """Layers with a window grow before the first one that evicts sees a mask, and may refuse it."""
+        seen = self._evicting()[0].tokens_seen
+        for layer in self.layers[: self._full[0]]:
+            grown = getattr(layer, "cumulative_length", seen)
+            if grown != seen:
+                raise ValueError(
+                    f"a forward was refused after layers with a window had taken its tokens, {grown} where the others "
+                    f"have {seen}: call reset() and begin anew"
+                )
 
     def _watch_for_chunks(self, new: int) -> None:
         layer = self._evicting()[0]

@@ -89,6 +89,7 @@ class EvictingLayer(DynamicLayer):
         self.notes = Notes(self.policy)
         self.compressed = False  # keep=: the prompt has been cut
         self.tail: int | Tensor = 0  # so many last tokens ([B] of them: of each request) have none missing among them
+        self.row: Tensor | None = None  # [B, slots] bool: what the last query was shown of them, None: all
         self._entering: Tensor | None = None  # [B, T, M]: the hidden states that enter the layer's attention now
         self._unread = False  # update has returned keys that attention may still read,
         self._shape = (0, 0)  # for so many requests, of so many slots
@@ -207,6 +208,7 @@ class EvictingLayer(DynamicLayer):
         count = self.cropped(tokens_to_remove)
         if count > 0:
             self._shorten(count)
+            self.row = None if self.row is None else self.row[:, :-count]
             self.notes.crop(count)
 
     def _shorten(self, count: int) -> None:
@@ -242,6 +244,7 @@ class EvictingLayer(DynamicLayer):
         requests = requests.to(self.keys.device)
         self.keys, self.values = self.keys.index_select(0, requests), self.values.index_select(0, requests)
         self.lengths = None if self.lengths is None else self.lengths[requests]
+        self.row = self.row if self.row is None or self.row.shape[0] == 1 else self.row[requests]
         self.tail = self.tail[requests] if isinstance(self.tail, Tensor) else self.tail
         self.notes.select_requests(requests)
 
@@ -324,11 +327,12 @@ class EvictingLayer(DynamicLayer):
         first = self.tokens_seen == new
         before = None if self.lengths is None else self.lengths - new
         shown = masks.read(attention_mask, new)
-        if not first and (shown.ahead or (before is None and not shown.past_whole)):
+        if not first and (shown.ahead or not masks.continues(shown, new, self.row)):
             raise ValueError(
                 "attention_mask hides cached tokens or shows later ones: expected that of a causal model, because what "
                 "is cached is no longer where the mask expects it"
             )
+        self.row = shown.row
         return Step(new, first, before, None if shown.is_token is None else shown.is_token.expand(B, new))
 
     def _mask(self, step: Step, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:

@@ -20,9 +20,10 @@ class Shown(NamedTuple):
     is_token: Tensor | None  # [B, new] bool: the new slots that hold a token; None: all
     past_whole: bool  # every query sees all slots before the new ones
     ahead: bool  # some tokens see tokens behind them, as those of an image do
+    row: Tensor | None  # [B, slots] bool: what the last query sees; None: all there is
 
 
-ALL = Shown(None, True, False)
+ALL = Shown(None, True, False, None)
 
 # A forward passes one mask through all its layers: it is looked at once.
 _last = threading.local()
@@ -37,13 +38,26 @@ def read(mask: Tensor | None, new: int) -> Shown:
     if mask is None:
         return ALL
     if getattr(_last, "mask", None) is None or _last.mask() is not mask:
-        _last.shown, _last.mask = _read(mask, new), weakref.ref(mask)
+        _last.shown, _last.mask, _last.before = _read(mask, new), weakref.ref(mask), None
     return _last.shown
+
+
+def continues(shown: Shown, new: int, before: Tensor | None) -> bool:
+    """Whether a mask shows of the slots before its new ones what `before`, the row of the last one, has shown."""
+    if before is None or shown.row is None:
+        return shown.past_whole
+    if getattr(_last, "before", None) is not before:  # layers share a row as they share a mask: compared once
+        past = shown.row[:, :-new]
+        both = min(past.shape[1], before.shape[1])
+        older = past.shape[1] - both  # of which nothing was shown
+        same = past[:, :older].all() & (past[:, older:] == before[:, before.shape[1] - both :]).all()
+        _last.before, _last.continues = before, bool(same)
+    return _last.continues
 
 
 def forget() -> None:
     """A forward begins: its mask may be the last one's tensor with other values."""
-    _last.mask = None
+    _last.mask = _last.before = None
 
 
 def _read(mask: Tensor, new: int) -> Shown:
@@ -72,7 +86,7 @@ def _read(mask: Tensor, new: int) -> Shown:
             "attention_mask hides or weighs tokens: expected padding on the left and nothing else, because what is "
             "hidden is taken for padding and evicted"
         )
-    return Shown(None if whole else is_token, past_whole, ahead)
+    return Shown(None if whole else is_token, past_whole, ahead, sees[:, 0, -1].clone())
 
 
 def tokens_first(is_token: Tensor) -> Tensor:

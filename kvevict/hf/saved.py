@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvevict.hf.layer import EvictingLayer
@@ -40,8 +41,9 @@ def save(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path) -> 
         if layer.cached() == 0:
             raise ValueError("the cache is empty: expected a cache after a forward")
         notes, tracker = layer.notes, layer.notes.tracker
-        held = dict(keys=layer.keys, values=layer.values, lengths=layer.lengths, queries=notes.queries,
-                    hidden=notes.hidden, tail=layer.tail if isinstance(layer.tail, Tensor) else None)  # fmt: skip
+        held = dict(keys=layer.keys, values=layer.values, lengths=layer.lengths, row=layer.row,
+                    queries=notes.queries, hidden=notes.hidden,
+                    tail=layer.tail if isinstance(layer.tail, Tensor) else None)  # fmt: skip
         if tracker is not None:
             held |= {name: getattr(tracker, name)[:, :, : layer.cached()] for name in TRACKED}
             held |= {"tracker.lengths": tracker.lengths, "tracker.tokens_seen": tracker.tokens_seen}
@@ -153,6 +155,9 @@ def _check(own: dict[str, Tensor], state: dict[str, Any], batch: int) -> None:
         raise ValueError("has lengths without tail or tail without lengths: expected both in a padded batch")
     if ("mass" in own) != (state["step"] is not None):
         raise ValueError("has mass without step or step without mass: expected both of a policy that tracks attention")
+    row = own.get("row")
+    if row is not None and (row.ndim != 2 or row.shape[0] not in (1, B) or row.dtype != torch.bool):
+        raise ValueError(f"has row of shape {tuple(row.shape)} and {row.dtype}: expected [{B}, slots] and torch.bool")
     hidden, queries = own.get("hidden"), own.get("queries")
     if hidden is not None and (hidden.ndim != 4 or hidden.shape[:3] != (B, 1, n)):
         raise ValueError(f"has hidden of shape {tuple(hidden.shape)}: expected [{B}, 1, {n}, ...]")
@@ -164,6 +169,7 @@ def _fill(layer: EvictingLayer, own: dict[str, Tensor], state: dict[str, Any]) -
     keys, values = own["keys"], own["values"]
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values, layer.lengths = keys, values, own.get("lengths")
+    layer.row = own.get("row")
     layer.tokens_seen, layer.evicted, layer.compressed = state["tokens_seen"], state["evicted"], state["compressed"]
     layer.tail = own["tail"] if state["tail"] is None else state["tail"]
     notes = layer.notes
