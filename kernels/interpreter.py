@@ -4,27 +4,33 @@ It replaces the functions of triton.language by its own at every call of a devic
 them to do so, although the launch has done it already. Here each module's device functions do so once in a launch.
 """
 
-from collections.abc import Callable
-
 from triton.runtime import interpreter
 
-_replace: Callable = interpreter._patch_lang
-_launch: Callable = interpreter.GridExecutor.__call__
+_replace = interpreter._patch_lang
 _replaced: set[int] = set()  # in the launch that runs: dictionaries of modules, of which alone depends what is replaced
 
 
-def _replace_once(function):
+class _Launch(interpreter._LangPatchScope):
+    """What the interpreter restores when the launch is over."""
+
+    def __init__(self, scope: interpreter._LangPatchScope) -> None:
+        self._scope = scope
+
+    def restore(self) -> None:
+        self._scope.restore()
+        _replaced.clear()
+
+
+def _replace_once(function) -> interpreter._LangPatchScope:
     module = id(function.__globals__)
     if module in _replaced:
         return interpreter._LangPatchScope()  # with nothing to restore
+    scope = _replace(function)
+    if not _replaced:  # the launch itself; what device functions replace, nobody restores
+        scope = _Launch(scope)
     _replaced.add(module)
-    return _replace(function)
-
-
-def _launch_afresh(self, *args, **options):
-    _replaced.clear()
-    return _launch(self, *args, **options)
+    return scope
 
 
 def speed_up() -> None:
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = _replace_once, _launch_afresh
+    interpreter._patch_lang = _replace_once
