@@ -115,7 +115,13 @@ def launch_paged(S, D, dtype):
     backend.attention_mass(queries, keys, lse, 0.1, True, "mean", True, lengths, out, table)
     result = torch.empty(2, 16, 1, D, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)
     backend.decode_attention(queries, keys, values, 0.1, lengths, None, 1.0, None, 0, 0.0, result, table)
+    kept, ok = torch.empty(2, dtype=torch.int64), torch.empty(1, dtype=torch.bool)
+    for keep in (None, kept):
+        backend.keep_counts(lengths, S, keep, 5 * 10**11, S, kept, ok)
+    for from_end in (False, True):
+        backend.left_blocks(table, lengths, kept, 16, from_end, lengths, table)
     slots = torch.empty(2, 4, max(S // 2, 1), dtype=torch.int64)
+    backend.slots_from_end(slots, lengths, slots)
     backend.move_rows(keys, values, slots, True, table)
     backend.move_rows(keys, values, slots, True, table, lengths)
 

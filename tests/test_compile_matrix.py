@@ -21,6 +21,7 @@ TILES = {"attention_lse_kernel", "attention_mass_kernel", "decode_run_kernel", "
 KERNELS = READS_ROWS | TILES | {
     "fill_holes_kernel", "select_row_kernel", "select_runs_kernel", "split_heads_kernel", "mean_heads_kernel",
     "pool_scores_kernel", "merge_lse_kernel", "merge_decode_kernel", "track_kernel", "check_rows_kernel",
+    "keep_counts_kernel", "left_blocks_kernel", "from_end_kernel",
 }  # fmt: skip
 
 
@@ -91,6 +92,8 @@ WAITS = [
 
 def test_a_missing_wait_is_seen():
     cases = [(code, waves) for code, waves, _ in WAITS]  # in one process: it takes seconds to start
-    script = f"import compile_only, json; print(json.dumps([compile_only.waits_for_reads(*case) for case in {cases!r}]))"
+    script = (
+        f"import compile_only, json; print(json.dumps([compile_only.waits_for_reads(*case) for case in {cases!r}]))"
+    )
     (found,) = run("-c", f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); {script}")
     assert found == [expected for _, _, expected in WAITS]

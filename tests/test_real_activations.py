@@ -139,8 +139,8 @@ def test_kept_tokens_are_those_of_a_dense_computation(real, layer):
             scores = scores - torch.arange(tokens, device=keys.device) * 1e-9
         for h in range(keys.shape[1]):
             swapped = assert_best(indices[name][0, h], scores[h], policy.protected[1], tolerance)
-            # Of 256 or 512 tokens; the tolerance must not do the work. What goes into the first layer depends on the word
-            # alone, so equal words have equal hidden states, and keys of equal norm.
+            # Of 256 or 512 tokens; the tolerance must not do the work. What goes into the first layer depends on the
+            # word alone, so equal words have equal hidden states, and keys of equal norm.
             assert swapped <= 2 or (layer == 0 and name in ("keynorm", "learned")), name
 
 
