@@ -13,6 +13,8 @@ def name(value) -> str:
     """Test ids like B2-H3-S517-D64-bfloat16."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
+    if isinstance(value, tuple) and isinstance(value[0], tuple):
+        return "-".join(map(name, value))
     if isinstance(value, tuple):
         return "-".join(f"{letter}{size}" for letter, size in zip("BHSDV", value, strict=False))
     return str(value)

@@ -141,7 +141,8 @@ def test_kept_tokens_are_those_of_a_dense_computation(real, layer):
             swapped = assert_best(indices[name][0, h], scores[h], policy.protected[1], tolerance)
             # Of 256 or 512 tokens; the tolerance must not do the work. What goes into the first layer depends on the
             # word alone, so equal words have equal hidden states, and keys of equal norm.
-            assert swapped <= 2 or (layer == 0 and name in ("keynorm", "learned")), name
+            most = 7 if name == "snapkv original" else 2  # a maximum is that of 7 neighbours, which swap together
+            assert swapped <= most or (layer == 0 and name in ("keynorm", "learned")), name
 
 
 @pytest.mark.parametrize("dtype, relative", [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)], ids=["fp32", "bf16"])

@@ -115,10 +115,11 @@ def test_rows_split_over_programs(S, values, monkeypatch):
     assert torch.equal(a, b) and (a[..., 2049:] == -1).all() and (a[..., 2048] == 4096).all()
 
 
-def test_one_program_for_a_long_row(monkeypatch):
-    """A row for every multiprocessor: all rounds in one launch."""
+@pytest.mark.parametrize("S", [8200, 32769])
+def test_one_program_for_a_long_row(S, monkeypatch):
+    """Rows for all multiprocessors: up to 32,768 tokens in registers, longer ones with all rounds in one launch."""
     monkeypatch.setattr("kvevict.kernels.select_topk.multiprocessors", lambda device: 1)
-    scores = spoiled(1, 2, 8200)
+    scores = spoiled(1, 2, S)
     for indices in both(lambda: kvevict.topk_indices(scores, 3000, sink=1, recent=40)):
         assert indices[0].tolist() == [expect(scores[0, h].tolist(), 3000, 1, 40) for h in range(2)]
 

@@ -189,6 +189,14 @@ def test_selection(kind, S):
         )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_selection_of_long_rows_in_registers(kind, monkeypatch):
+    monkeypatch.setattr("kvevict.kernels.select_topk.multiprocessors", lambda device: 1)
+    scores = scores_of(kind, 1, 2, 8200)
+    assert_same("topk_indices", scores, None, 2, 3, False, None, unwritten(1, 2, 3000, dtype=torch.int64), out=[6])
+
+
 @pytest.mark.parametrize("kind, S", matrix(KINDS, (5, 100, 4097, 12400), quick=[
     ("odd", 5), ("ties", 100),
 ]))  # fmt: skip
