@@ -221,7 +221,7 @@ def main():
         with path.open("a") as file:
             file.write(json.dumps(dict(sample=sample, results=results)) + "\n")
     caption = (
-        f"{options.model}, {options.tokens} tokens of {options.text or 'the Pentateuch'}, {device}, torch "
+        f"{options.model}, {options.tokens} tokens of {options.text.name if options.text else 'the Pentateuch'}, {device}, torch "
         f"{torch.__version__}, kvevict {kvevict.__version__}. Shares: {shares.metadata}."
     )
     rows = summary([json.loads(line) for line in path.read_text().splitlines()])

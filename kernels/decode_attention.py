@@ -214,9 +214,12 @@ def decode_attention(
         BLOCK_S=config.block_tokens, CAUSAL=W > 1, COMPUTE=compute,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+    BLOCK_DV = triton.next_power_of_2(DV)
+    # Parts at a time: few round trips to L2, and 32 floats of them a thread; of a row that is hardly cut, few lanes.
+    BLOCK_P = min(32, max(1, 4096 // BLOCK_DV)) if config.splits > 4 else 4
     merge_decode_kernel[(B * HQ * W,)](
         sums, best, total, per_head, out, given_lse, lse, W, S, H, config.splits, config.chunk,
-        G=G, DV=DV, BLOCK_DV=triton.next_power_of_2(DV), BLOCK_P=16,  # parts at a time: few round trips to L2
+        G=G, DV=DV, BLOCK_DV=BLOCK_DV, BLOCK_P=BLOCK_P,
     )  # fmt: skip
     if logits is not None:
         BLOCK = 1024  # 8 tokens a thread: enough loads in flight for a few floats a token

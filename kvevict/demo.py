@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvevict import models
-from kvevict.backends import pick
+from kvevict.backends import backend, pick
 from kvevict.policies import NAMED, Budget, Fixed, Learned, Policy
 from kvevict.policies.shares import find
 
@@ -81,6 +83,17 @@ def evicted(cache: EvictingCache, keep: float | Budget) -> tuple[EvictingCache, 
         torch.get_device_module(device).synchronize()
     seconds = time.perf_counter() - start
     return cache, [x.cpu() for x in indices], seconds
+
+
+def kept_by_kernels(cache: EvictingCache, keep: float) -> Tensor:
+    """What the first layer keeps of the cache, indices [1, H, n], when the kernels choose and move."""
+    cache = copy.deepcopy(cache)
+    indices: list[Tensor] = []
+    cache.on_evict = lambda eviction: indices.append(eviction.indices)
+    layers: list[Any] = cache.layers
+    with backend("triton"):
+        layers[0].apply(layers[0].choose(keep))
+    return indices[0]
 
 
 def ask(model, tokenizer, cache: EvictingCache, ids: Tensor) -> tuple[float, str]:
@@ -225,8 +238,13 @@ def run(
         policies = {name: replace(policy, heads="each") for name, policy in policies.items()}
     body = models.read_text(text)
     models.known_device(device)
+    where = pick(torch.device(device)).__name__.rpartition(".")[2]
+    # The interpreter takes a second or two for each cut of a layer: in the first one it does, beside the reference.
+    beside = device == "cpu" and where == "triton" and os.environ.get("KVEVICT_BACKEND", "auto") in ("", "auto")
+    same, compared = 0, 0
 
-    with Progress(console=console, transient=True) as progress:
+    chosen = backend("reference") if beside else contextlib.nullcontext()
+    with chosen, Progress(console=console, transient=True) as progress:
         loading = progress.add_task(f"loading {model_name}", total=None)
         model, tokenizer = models.load(model_name, device)
         progress.remove_task(loading)
@@ -247,13 +265,20 @@ def run(
                     shrunk, indices, seconds = evicted(cache, budget)
                 except ValueError as error:
                     raise models.Unavailable(f"--policy is {name} with --shares {shares}: {error}") from error
+                if beside and shares == "none":
+                    heads = zip(kept_by_kernels(cache, share)[0], indices[0][0], strict=True)
+                    same += sum(int(torch.isin(*both).sum()) for both in heads)
+                    compared += indices[0].numel()
                 loss, answer = ask(model, tokenizer, shrunk, ids)
                 n = round(sum(layer.kept for layer in shrunk.report()) / len(indices))
                 rows.append(Row(name, share, n, held_bytes(shrunk), seconds, loss, answer, indices))
                 progress.advance(working, CHUNK)
 
-    where = pick(torch.device(device)).__name__.rpartition(".")[2]
-    if device == "cpu" and where == "triton":
+    if beside and shares != "none":
+        where = "reference"
+    elif beside:
+        where = f"reference; the triton kernels, interpreted, keep {same} of its {compared} tokens in layer 0"
+    elif device == "cpu" and where == "triton":
         where = "triton kernels, interpreted on the CPU: the time says nothing about a GPU"
     of = "" if shares == "none" else f", measured shares of {shares}"
     table = Table(title=f"{model_name}, {tokens} tokens{of}")

@@ -161,6 +161,14 @@ def test_what_is_wrong_is_named_and_nothing_is_written(message, spoil):
     assert all(torch.equal(arguments[key], x) for key, x in before.items())
 
 
+def test_a_source_among_the_blocks_is_seen_whatever_its_strides():
+    memory = torch.randn(3, SIZE, 1, D, device=DEVICE)
+    keys = memory[2:].transpose(1, 2)  # one request of one head: the last block, strided as blocks are
+    free, indices = int32([0]), torch.zeros(1, 1, 1, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="key_cache shares memory with keys"):
+        compact_to_pages(keys, keys, indices, memory, memory.clone(), free)
+
+
 def test_offsets_are_int64():
     """Blocks 2³⁰ elements apart, of which few are touched."""
     keys = torch.randint(0, 255, (1, 2, 9, D), dtype=torch.uint8, device=DEVICE)

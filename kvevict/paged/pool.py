@@ -149,9 +149,9 @@ class PagedPool:
         for value, cache in ((keys, self.key_cache), (values, self.value_cache)):
             value, cache = _as_bytes(value), _as_bytes(cache)
             if self.per_head:
-                _as_bytes(cache)[blocks, slots, 0] = _as_bytes(value).flatten(0, 1)
+                cache[blocks, slots, 0] = value.flatten(0, 1)
             else:
-                _as_bytes(cache)[:, blocks[0], slots[0]] = _as_bytes(value).transpose(1, 2)
+                cache[:, blocks[0], slots[0]] = value.transpose(1, 2)
         state.lengths = [length + new for length in state.lengths]
         state.seen += new
 
