@@ -6,6 +6,7 @@ from kvevict.kernels.decode_attention import decode_attention
 from kvevict.kernels.pool_scores import pool_scores
 from kvevict.kernels.score_attention import attention_lse, attention_mass
 from kvevict.kernels.score_keydiff import keydiff_scores
+from kvevict.kernels.score_kv import kv_scores
 from kvevict.kernels.score_mlp import mlp_scores
 from kvevict.kernels.score_norm import key_norm_scores
 from kvevict.kernels.select_topk import evict_slots, topk_adaptive, topk_indices
@@ -20,6 +21,7 @@ __all__ = [
     "fill_holes",
     "key_norm_scores",
     "keydiff_scores",
+    "kv_scores",
     "mlp_scores",
     "move_flags",
     "move_rows",
