@@ -1,14 +1,15 @@
-"""What is worth keeping: policies give scores and protection, budgets the number of tokens per layer, a Tracker notes
-what decoding does with each token."""
+"""What is worth keeping: policies give scores and protection, budgets the number of tokens per layer and head, measured
+Shares what they follow, a Tracker notes what decoding does with each token."""
 
 from kvevict.policies.attention import TOVA, AttentionMass, SnapKV
 from kvevict.policies.base import Policy
-from kvevict.policies.budgets import Budget, Pyramid, Uniform
+from kvevict.policies.budgets import Budget, Fixed, LayerWide, ModelWide, Pyramid, Uniform, model_wide
 from kvevict.policies.keys import KeyDiff, KeyNorm
 from kvevict.policies.learned import Learned
 from kvevict.policies.mixture import Hybrid
 from kvevict.policies.observed import Observed
 from kvevict.policies.order import LRU, Random, Recency
+from kvevict.policies.shares import Shares
 from kvevict.policies.tracker import Tracker
 
 # By the names that the command line takes. Learned is not among them: it needs trained weights.
@@ -35,16 +36,21 @@ __all__ = [
     "TOVA",
     "AttentionMass",
     "Budget",
+    "Fixed",
     "Hybrid",
     "KeyDiff",
     "KeyNorm",
+    "LayerWide",
     "Learned",
+    "ModelWide",
     "Observed",
     "Policy",
     "Pyramid",
     "Random",
     "Recency",
+    "Shares",
     "SnapKV",
     "Tracker",
     "Uniform",
+    "model_wide",
 ]

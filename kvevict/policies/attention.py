@@ -30,6 +30,7 @@ class AttentionMass(Policy):
     decay: float = 1.0
     grace: int = 32
     needs: ClassVar[frozenset[str]] = frozenset({"mass"})
+    comparable: ClassVar[str] = "layer"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +63,7 @@ class SnapKV(Policy):
 
     variant: str = "kvpress"
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
+    comparable: ClassVar[str] = "layer"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,8 +81,7 @@ class SnapKV(Policy):
     def scores(self, seen: Observed) -> Tensor:
         queries, keys = seen.last_queries(self.window), seen.keys
         H, S = keys.shape[1:3]
-        ends = S if seen.lengths is None else seen.lengths[:, None, None]
-        in_window = torch.arange(S, device=keys.device) >= ends - queries.shape[2]
+        in_window = torch.arange(S, device=keys.device) >= seen.ends() - queries.shape[2]
 
         def before_window(mass: Tensor) -> Tensor:
             return mass.masked_fill(in_window, float("-inf"))  # for pooling: no token here

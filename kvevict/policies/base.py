@@ -12,6 +12,14 @@ from kvevict import ops, validate
 from kvevict.policies.observed import Observed
 from kvevict.policies.tracker import Tracker
 
+OVER = ("row", "layer", "model")  # what scores compare over, each within the next
+
+
+def within(n: int, sink: int, recent: int) -> tuple[int, int]:
+    """Protection that fits n tokens: the first ones, then the most recent."""
+    sink = min(sink, n)
+    return sink, min(recent, n - sink)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Policy(abc.ABC):
@@ -20,18 +28,27 @@ class Policy(abc.ABC):
     Attributes:
         sink: the first tokens, which are always kept. Attention parks its surplus on them (arXiv 2309.17453).
         recent: the last tokens, which are always kept.
-        heads: "each" KV head keeps its own tokens, or all share one selection ("shared").
+        heads: "each" KV head keeps its own tokens; all share one selection ("shared"); or the layer's best tokens stay,
+            whichever head they are of ("adaptive", AdaKV), which needs scores that compare over heads.
+        floor: with heads="adaptive", the share of the mean that every head keeps at least; else it is not read.
+        comparable: over what the scores mean the same: a "row" (the tokens of one head), a "layer" or the "model".
     """
 
     sink: int = 4
     recent: int = 32
     heads: str = "each"
+    floor: float = 0.2
     needs: ClassVar[frozenset[str]] = frozenset()  # fields of Observed, beside keys
+    comparable: ClassVar[str] = "row"
 
     def __post_init__(self) -> None:
         validate.integer("sink", self.sink, 0)
         validate.integer("recent", self.recent, 0)
-        validate.one_of("heads", self.heads, ("each", "shared"))
+        validate.one_of("heads", self.heads, ("each", "shared", "adaptive"))
+        if not 0.0 <= validate.number("floor", self.floor) <= 1.0:
+            raise ValueError(f"floor is {self.floor}: expected a number from 0 to 1")
+        if self.heads == "adaptive":
+            self.require_comparable("layer")
 
     @abc.abstractmethod
     def scores(self, seen: Observed) -> Tensor:
@@ -48,8 +65,21 @@ class Policy(abc.ABC):
         """The most queries, the last ones, that `scores` reads."""
         return 64 if "queries" in self.needs else 0
 
-    def select(self, seen: Observed, keep: int | float) -> Tensor:
-        """The tokens to keep: [B, H, n] int64, ascending, -1 beyond what a ragged request keeps.
+    def require_comparable(self, over: str) -> None:
+        """A choice over the heads of a "layer", or of the whole "model", needs scores that mean the same there.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if OVER.index(self.comparable) < OVER.index(over):
+            raise ValueError(
+                f"scores of {type(self).__name__} compare within a {self.comparable}: expected a policy whose scores "
+                f"compare over a {over}, for a choice over all of its heads; kvevict.policies.Fixed gives heads and "
+                "layers unequal shares with any scores"
+            )
+
+    def select(self, seen: Observed, keep: int | float | Tensor) -> Tensor:
+        """The tokens to keep: [B, H, n] int64, ascending, -1 beyond what a ragged request or an unequal head keeps.
 
         Raises:
             TypeError, ValueError: something that the policy needs is missing; `keep` as in `kvevict.ops.topk_indices`.
@@ -62,20 +92,28 @@ class Policy(abc.ABC):
                 raise ValueError(f"{name} is None: expected a tensor{instead}, because {type(self).__name__} needs it")
         return self.choose(self.scores(seen), keep, seen.lengths)
 
-    def choose(self, scores: Tensor, keep: int | float, lengths: Tensor | None = None) -> Tensor:
-        """`select`, given the scores: for several shares of one cache."""
-        n = validate.kept_tokens(keep, scores.shape[2], 0, 0)
+    def choose(self, scores: Tensor, keep: int | float | Tensor, lengths: Tensor | None = None) -> Tensor:
+        """`select`, given the scores: for several shares of one cache.
+
+        keep: tokens, a share, or an int32 or int64 tensor [B, H]: tokens of each head, which then chooses its own.
+        """
         sink, recent = self.protected
-        sink = min(sink, n)
-        recent = min(recent, n - sink)
-        return ops.topk_indices(scores, keep, sink=sink, recent=recent, heads=self.heads, lengths=lengths)
+        if isinstance(keep, Tensor):
+            if self.heads == "shared":
+                raise ValueError("keep is a tensor, a count for each head: expected heads='each', not 'shared'")
+            return ops.topk_indices(scores, keep, sink=sink, recent=recent, lengths=lengths)
+        n = validate.kept_tokens(keep, scores.shape[2], 0, 0)
+        sink, recent = within(n, sink, recent)
+        return ops.topk_indices(
+            scores, keep, sink=sink, recent=recent, heads=self.heads, floor=self.floor, lengths=lengths
+        )
 
     def compact(
         self,
         keys: Tensor,
         values: Tensor,
         *,
-        keep: int | float,
+        keep: int | float | Tensor,
         tracker: Tracker | None = None,
         inplace: bool = True,
         preserve_order: bool = True,
@@ -85,7 +123,7 @@ class Policy(abc.ABC):
 
         Args:
             keys, values: [B, H, S, D], [B, H, S, Dv].
-            keep: tokens (int) or share (float), as in `kvevict.ops.topk_indices`.
+            keep: tokens (int), share (float) or tokens of each head (tensor [B, H]), as in `kvevict.ops.topk_indices`.
             tracker: where mass, last use and positions are noted; it follows the compaction.
             inplace, preserve_order: as in `kvevict.ops.compact`. A cache whose order was given up cannot protect its
                 recent tokens by a later call.
@@ -93,6 +131,7 @@ class Policy(abc.ABC):
 
         Returns:
             Compacted; its indices count slots of the cache as it was, `tracker.positions` positions in the sequence.
+            Its lengths are [B, H] where heads keep unequal numbers.
         """
         unknown = observed.keys() - {field.name for field in fields(Observed)}
         if unknown:
@@ -101,7 +140,9 @@ class Policy(abc.ABC):
         seen = Observed(keys=keys, **observed) if tracker is None else tracker.observed(keys, **observed)
         indices = self.select(seen, keep)
         result = ops.compact(keys, values, indices, inplace=inplace, preserve_order=preserve_order)
-        if seen.lengths is not None:
+        if self.heads == "adaptive" or isinstance(keep, Tensor):
+            result = result._replace(lengths=(indices >= 0).sum(-1))
+        elif seen.lengths is not None:
             result = result._replace(lengths=validate.kept_lengths(keep, seen.lengths))
         if tracker is not None:
             tracker.compacted(result)

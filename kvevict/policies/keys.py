@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ class KeyDiff(Policy):
     """
 
     anchor: str = "unit"
+    comparable: ClassVar[str] = "layer"
 
     def scores(self, seen: Observed) -> Tensor:
         return ops.keydiff_scores(seen.keys, anchor=self.anchor, lengths=seen.lengths)

@@ -26,7 +26,7 @@ class Observed:
     hidden: Tensor | None = None  # [B, S, M]: the hidden states that entered the layer's attention
     positions: Tensor | None = None  # [B, H, S] int64: position in the sequence; None: 0 to S - 1
     tokens_seen: Tensor | None = None  # [B] int64: length of the sequence so far; None: S
-    lengths: Tensor | None = None  # [B]: valid tokens of each request
+    lengths: Tensor | None = None  # [B]: valid tokens of each request, or [B, H]: of each of its heads
     layer: int = 0
 
     def order(self) -> Tensor:
@@ -37,17 +37,21 @@ class Observed:
         return torch.arange(S, dtype=torch.float32, device=self.keys.device).expand(B, H, S)
 
     def sequence_length(self) -> Tensor | int:
-        """[B, 1, 1] or an int: tokens seen so far, evicted ones among them."""
+        """[B, 1 or H, 1] or an int: tokens seen so far, evicted ones among them."""
         for seen in (self.tokens_seen, self.lengths):
             if seen is not None:
-                return seen[:, None, None]
+                return seen.view(len(seen), -1, 1)
         return self.keys.shape[2]
 
+    def ends(self) -> Tensor | int:
+        """[B, 1 or H, 1] or an int: the slot behind the last token."""
+        return self.keys.shape[2] if self.lengths is None else self.lengths.view(len(self.lengths), -1, 1)
+
     def padding(self) -> Tensor | bool:
-        """[B, 1, S] bool: which slots hold no token; False if every slot holds one."""
+        """[B, 1 or H, S] bool: which slots hold no token; False if every slot holds one."""
         if self.lengths is None:
             return False
-        return torch.arange(self.keys.shape[2], device=self.keys.device) >= self.lengths[:, None, None]
+        return torch.arange(self.keys.shape[2], device=self.keys.device) >= self.ends()
 
     def with_prompt_mass(self) -> Observed:
         """Itself with `mass` filled in from the queries of the whole prompt, where there are any and mass is None."""
@@ -65,6 +69,7 @@ class Observed:
         if self.lengths is None:
             return queries[:, :, W - count :]
         # A request shorter than W has its queries in front; one shorter than `count` keeps padding behind them.
-        first = (self.lengths.clamp(max=W) - count).clamp(min=0)
+        lengths = self.lengths if self.lengths.ndim == 1 else self.lengths.amax(1)
+        first = (lengths.clamp(max=W) - count).clamp(min=0)
         index = first[:, None] + torch.arange(count, device=queries.device)
         return queries.gather(2, index[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))

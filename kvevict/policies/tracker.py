@@ -19,7 +19,7 @@ class Tracker:
         mass: [B, H, capacity] float32, attention drawn so far, mean over the GQA group.
         last_used: [B, H, capacity] int32, the step of last use, -1 for never.
         positions: [B, H, capacity] int64, position in the sequence, -1 for no token.
-        lengths: [B] int64, cached tokens of each request.
+        lengths: [B] int64, cached tokens of each request; [B, H] once heads have kept unequal numbers.
         tokens_seen: [B] int64, length of each sequence, evicted tokens among it: the next token's position.
         step: decode steps so far.
     """
@@ -68,8 +68,12 @@ class Tracker:
         return (self.mass, 0.0), (self.last_used, -1), (self.positions, -1)
 
     def _padding(self) -> Tensor:
-        """[B, 1, capacity] bool: the slots without a token."""
-        return torch.arange(self.mass.shape[2], device=self.mass.device) >= self.lengths[:, None, None]
+        """[B, 1 or H, capacity] bool: the slots without a token."""
+        return torch.arange(self.mass.shape[2], device=self.mass.device) >= self._ends()
+
+    def _ends(self) -> Tensor:
+        """[B, 1 or H, 1]: the lengths, beside the buffers."""
+        return self.lengths.view(len(self.lengths), -1, 1)
 
     def append(self, count: int | Tensor = 1) -> None:
         """`count` tokens of each request enter behind the others; or a tensor [B] of counts, which the host reads.
@@ -79,7 +83,7 @@ class Tracker:
         """
         if isinstance(count, Tensor):
             validate.tensor("count", count, 1, (torch.int32, torch.int64), self.lengths)
-            if count.shape != self.lengths.shape or int(count.min()) < 0:
+            if count.shape != self.tokens_seen.shape or int(count.min()) < 0:
                 raise ValueError(f"count is {count.tolist()}: expected {len(self.lengths)} numbers, none below 0")
             most = int(count.max())
         else:
@@ -88,10 +92,11 @@ class Tracker:
         if self._most + most > self.mass.shape[2]:
             raise ValueError(f"count is {most}: expected at most {self.mass.shape[2] - self._most}, the free capacity")
         slots = torch.arange(self.mass.shape[2], device=self.mass.device)
-        new = ((slots >= self.lengths[:, None]) & (slots < (self.lengths + count)[:, None]))[:, None]
-        position = (self.tokens_seen - self.lengths)[:, None, None] + slots
-        self.positions.copy_(torch.where(new, position, self.positions))
-        self.lengths += count
+        position = self.tokens_seen[:, None, None] + slots - self._ends()
+        of_heads = count[:, None] if isinstance(count, Tensor) and self.lengths.ndim == 2 else count
+        before = self._padding()
+        self.lengths += of_heads
+        self.positions.copy_(torch.where(before & ~self._padding(), position, self.positions))
         self.tokens_seen += count
         self._most += most
 
@@ -131,6 +136,8 @@ class Tracker:
             state[:, :, :n] = state.gather(2, source).masked_fill(padding, empty)
             state[:, :, n:] = empty
         kept = torch.full_like(self.lengths, n) if result.lengths is None else result.lengths
+        if kept.ndim != self.lengths.ndim:  # one of them is of heads
+            self.lengths, kept = (x if x.ndim == 2 else x[:, None] for x in (self.lengths, kept))
         self.lengths = torch.minimum(self.lengths, kept)
         self._most = n
 
@@ -143,7 +150,7 @@ class Tracker:
         validate.tensor("slots", slots, 3, (torch.int64,), self.mass)
         if slots.shape != (*self.mass.shape[:2], 1):
             raise ValueError(f"slots has shape {tuple(slots.shape)}: expected {(*self.mass.shape[:2], 1)}")
-        held = ((slots >= 0) & (slots < self.lengths[:, None, None])).all()
+        held = ((slots >= 0) & (slots < self._ends())).all()
         validate.require(held, "slots", slots, "a cached token's in every head")
         self.positions.scatter_(2, slots, self.tokens_seen[:, None, None].expand_as(slots))
         self.mass.scatter_(2, slots, 0.0)
@@ -155,6 +162,6 @@ class Tracker:
         S = keys.shape[2]
         known = dict(
             mass=self.mass[:, :, :S], last_used=self.last_used[:, :, :S], positions=self.positions[:, :, :S],
-            tokens_seen=self.tokens_seen, lengths=self.lengths.clamp(min=1),
+            tokens_seen=self.tokens_seen, lengths=self.lengths.clamp(min=1) if self.lengths.ndim == 1 else self.lengths,
         )  # fmt: skip
         return Observed(keys=keys, **(known | more))
