@@ -12,13 +12,15 @@ of what bounds it, over its waves.
 A wave is as many programs as fit the device by registers, shared memory and warps; the last one may be smaller. A gap
 is added to every launch.
 
-Not in it: bank conflicts, programs of one launch that do more than their mean, and what a pass over more than half of
-L2 leaves there for the next.
+Where rows have unequal lengths, all programs are looked at, and latency is when the last of them ends. Not in it: bank
+conflicts, programs of other launches that do more than their mean, and what a pass over more than half of L2 leaves
+there for the next.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import pathlib
 import re
@@ -214,14 +216,21 @@ def memory_accesses(
 
 
 def launch_cost(
-    launch: machine_code.Launch, device: Device, caches: list[torch.Tensor], known=(), warm: set[int] | None = None
+    launch: machine_code.Launch,
+    device: Device,
+    caches: list[torch.Tensor],
+    known=(),
+    warm: set[int] | None = None,
+    unequal: bool = False,
 ) -> LaunchCost:
-    """`caches`, `warm`: see memory_accesses; `known`: see trips.executed."""
-    run = executed(launch, machine_code.sass(launch.compiled), known)
+    """`caches`, `warm`: see memory_accesses; `known`: see trips.executed; `unequal`: look at every program."""
+    code = machine_code.sass(launch.compiled)
+    run = executed(launch, code, known, range(launch.programs) if unequal else ())
     hbm, from_memory = memory_accesses(run, device, caches, set() if warm is None else warm)
     asked = sum(access.bytes for access in run.accesses if access.lane_bytes >= 8)  # narrow ones are mostly broadcasts
     fit = device.fit(launch.warps, machine_code.registers(launch.compiled), launch.compiled.metadata.shared)
-    cycles, under_way = alone(run, device, from_memory)
+    longest = max(run.work, key=run.work.get)
+    cycles, under_way = alone(executed(launch, code, known, [longest]) if unequal else run, device, from_memory)
     pipes = pipe_cycles(run)
 
     def wave(programs: int) -> tuple[float, str]:
@@ -233,17 +242,31 @@ def launch_cost(
         bounds["L2"] = asked * share / device.l2_bandwidth
         return max((seconds, name) for name, seconds in bounds.items())
 
-    full, rest = divmod(launch.programs, fit * device.multiprocessors)
+    slots = fit * device.multiprocessors
+    full, rest = divmod(launch.programs, slots)
     bounds: Counter = Counter()
-    for number, programs in ((full, fit * device.multiprocessors), (1, rest)):
-        if number and programs:
-            seconds, bound = wave(programs)
-            bounds[bound] += number * seconds
+    if unequal:  # a slot takes the next program when it is done with one
+        seconds, bound = wave(launch.programs)
+        latency = last_end(list(run.work.values()), slots) / run.work[longest] * cycles / device.clock
+        bounds[bound if seconds > latency else "latency"] = max(seconds, latency)
+    else:
+        for number, programs in ((full, slots), (1, rest)):
+            if number and programs:
+                seconds, bound = wave(programs)
+                bounds[bound] += number * seconds
     return LaunchCost(
         launch.kernel, launch.programs, fit, full + bool(rest), hbm, asked,
         under_way * launch.warps * min(fit, -(-launch.programs // device.multiprocessors)),
         sum(run.counts) * launch.warps * launch.programs, sum(bounds.values()), max(bounds, key=bounds.get),
     )  # fmt: skip
+
+
+def last_end(work: list[int], slots: int) -> int:
+    """When the last of these is done, if each in turn takes the slot that is free first."""
+    ends = [0] * slots
+    for amount in work:
+        heapq.heappush(ends, heapq.heappop(ends) + amount)
+    return max(ends)
 
 
 class _TorchLaunches(torch.utils._python_dispatch.TorchDispatchMode):
@@ -300,6 +323,7 @@ class Op:
     caches: list[torch.Tensor]
     floors: dict[str, float]
     known: tuple[torch.Tensor, ...] = ()  # integers whose values decide how far loops go
+    unequal: bool = False  # programs do not all do much the same
 
 
 def _keydiff_floors(shape: Shape, device: Device) -> dict[str, float]:
@@ -370,11 +394,38 @@ def decode_attention(shape: Shape, device: Device) -> Op:
     return Op({"decode": call}, [keys, values], {"decode": once.bytes / device.bandwidth})
 
 
+def _paged_decode(shape: Shape, device: Device, longest: float) -> Op:
+    """A decode step over pages with a table for each head; of eight heads one holds `longest` times the mean."""
+    others = (8 - longest) / 7
+    lengths = [16 * round(shape.tokens * share / 16) for share in (longest, *[others] * 7)] * (shape.rows // 8)
+    columns = max(lengths) // 16
+    one = (torch.empty(1, 16, 1, shape.D, dtype=torch.bfloat16) for _ in range(2))
+    keys, values = (x.expand(sum(lengths) // 16, 16, 1, shape.D).transpose(1, 2) for x in one)
+    table, query, out = torch.empty(1, shape.rows, columns, dtype=torch.int32), shape.queries(1), shape.queries(1)
+    held = torch.tensor([lengths], dtype=torch.int32)
+
+    def call():
+        backend.decode_attention(query, keys, values, 0.1, held, None, 1.0, None, 0, 0.0, out, table)
+
+    once = sum(lengths) * 2 * shape.D * 2 / device.bandwidth
+    return Op({"decode": call}, [keys, values], {"decode": once}, (held,), unequal=True)
+
+
+def paged_decode_equal_heads(shape: Shape, device: Device) -> Op:
+    return _paged_decode(shape, device, 1.0)
+
+
+def paged_decode_unequal_heads(shape: Shape, device: Device) -> Op:
+    return _paged_decode(shape, device, 3.0)
+
+
 ROWS, TOKENS = (8, 256), (4096, 32768, 131072, 1048576)
 OPS = {
     keydiff_compact: TOKENS,
     paged_keydiff_compact: TOKENS[:3],
     decode_attention: TOKENS[:3],
+    paged_decode_equal_heads: TOKENS[:3],
+    paged_decode_unequal_heads: TOKENS[:3],
     attention_mass_window: TOKENS[:3],
     attention_mass_prompt: TOKENS[:1],
 }
@@ -390,7 +441,7 @@ def stages(make: Callable, shape: Shape, device: Device, launches: list) -> list
         with _TorchLaunches() as torch_launches:
             call()
         for launch in launches:
-            cost = launch_cost(launch, device, op.caches, op.known, warm)
+            cost = launch_cost(launch, device, op.caches, op.known, warm, op.unequal)
             # KeyDiff's first pass is a stage of its own.
             found.setdefault("anchor" if "anchor" in launch.kernel else stage, []).append(cost)
         found.setdefault(stage, []).extend([None] * torch_launches.count)

@@ -217,13 +217,20 @@ class DecodeConfig:
     num_warps: int = 4
 
 
-MAX_DECODE_SPLITS = 64  # the partial results of a row are merged by one program
+MAX_DECODE_SPLITS = 128  # the partial results of a row are merged by one program, 16 at a time
 
 
 def decode_config(
-    rows: int, query_rows: int, tokens: int, head_dim: int, value_dim: int, element_size: int, multiprocessors: int
+    rows: int,
+    query_rows: int,
+    tokens: int,
+    head_dim: int,
+    value_dim: int,
+    element_size: int,
+    multiprocessors: int,
+    ragged: bool = False,
 ) -> DecodeConfig:
-    """query_rows: W queries of G heads, for each (batch, KV head)."""
+    """query_rows: W queries of G heads, for each (batch, KV head). ragged: `tokens` is the most that a row may have."""
     block_dim = head_chunk(head_dim, element_size)
     # A wider V is cut into columns for several programs, which share K through L2: no accumulator spills.
     block_value_dim = min(max(next_power_of_2(value_dim), 16), 256)
@@ -234,8 +241,10 @@ def decode_config(
     block_rows = 16 if query_rows <= 16 else most_rows
     # K and V tiles of 16 KiB each in 16 bits: three stages of both fit beside each other.
     block_tokens = max(16, min(64, 16 * 1024 // (max(block_dim, block_value_dim) * max(element_size, 2))))
-    # Two programs on every multiprocessor; under 256 tokens a program's start costs more than its loads.
-    wanted = cdiv(2 * multiprocessors, rows * cdiv(query_rows, block_rows) * cdiv(value_dim, block_value_dim))
+    # Two programs on every multiprocessor; under 256 tokens a program's start costs more than its loads. Only runs that
+    # hold tokens count: of rows whose longest has three times the mean a third.
+    programs = (6 if ragged else 2) * multiprocessors
+    wanted = cdiv(programs, rows * cdiv(query_rows, block_rows) * cdiv(value_dim, block_value_dim))
     splits = max(1, min(wanted, tokens // 256, MAX_DECODE_SPLITS))
     chunk = cdiv(cdiv(tokens, splits), block_tokens) * block_tokens
     num_stages = pipeline_stages(head_dim, block_dim)

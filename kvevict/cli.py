@@ -1,4 +1,4 @@
-"""The command line: `kvevict demo`, `kvevict plan`, `kvevict train`."""
+"""The command line: `kvevict demo`, `kvevict plan`, `kvevict train`, `kvevict budgets`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kvevict import demo as demo_module
-from kvevict import models, planner
+from kvevict import measure_shares, models, planner
 from kvevict import train as train_module
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -105,4 +105,34 @@ def train(
         train_module.run(model, text, texts, tokens, future, layers, epochs, device, output, report)
     except models.Unavailable as error:
         print(f"kvevict train: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def budgets(
+    model: Model = models.SMOLLM2,
+    text: Annotated[
+        list[pathlib.Path] | None,
+        typer.Option(help="Text file to read; may be repeated. Default: a public-domain text."),
+    ] = None,
+    texts: Annotated[int, typer.Option(help="Pieces of each text.")] = 5,
+    tokens: Annotated[int, typer.Option(help="Length of a piece in tokens; best the length of use.")] = 1024,
+    keep: Annotated[list[float], typer.Option(help="Share of the cache to measure at; may be repeated.")] = [  # noqa: B006
+        0.5,
+        0.25,
+        0.1,
+    ],
+    device: Device = "cpu",
+    output: Annotated[pathlib.Path, typer.Option("--out", help="Where the shares go (safetensors).")] = pathlib.Path(
+        "kvevict-shares.safetensors"
+    ),
+    report: Annotated[pathlib.Path, typer.Option(help="Name of the JSON and PNG report.")] = pathlib.Path(
+        "kvevict-budgets"
+    ),
+) -> None:
+    """Measure how much of the cache each layer and head is worth, for kvevict.policies.Fixed."""
+    try:
+        measure_shares.run(model, text or [], texts, tokens, keep, device, output, report)
+    except models.Unavailable as error:
+        print(f"kvevict budgets: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

@@ -188,14 +188,40 @@ def _topk_move_op(
 
 @_custom_op(
     "copy_rows(Tensor keys, Tensor values, Tensor indices, Tensor(a!)? slots, bool trusted, Tensor(b!) out_keys, "
-    "Tensor(c!) out_values) -> ()"
+    "Tensor(c!) out_values, Tensor? out_table=None) -> ()"
 )
-def _copy_rows_op(keys, values, indices, slots, trusted, out_keys, out_values):
+def _copy_rows_op(keys, values, indices, slots, trusted, out_keys, out_values, out_table=None):
+    """out_table: the outputs are the caller's pages, under a table that allot_blocks has filled for these indices."""
+    if out_table is not None:
+        pages = {"key_cache": out_keys, "value_cache": out_values}
+        validate.written_apart(pages, read={"keys": keys, "values": values})
     if not trusted:
         validate.indices_ascend(indices, keys.shape[2])
     if slots is not None:
         _run("fill_holes", keys.device, indices, slots)
-    _run("copy_rows", keys.device, keys, values, indices if slots is None else slots, out_keys, out_values)
+    moves = indices if slots is None else slots
+    _run("copy_rows", keys.device, keys, values, moves, out_keys, out_values, None, out_table)
+
+
+@_custom_op(
+    "allot_blocks(Tensor counts, Tensor free, SymInt num_blocks, SymInt block_size, Tensor(a!) out, Tensor(b!) taken) "
+    "-> ()"
+)
+def _allot_blocks_op(counts, free, num_blocks, block_size, out, taken):
+    """Plain torch: so few numbers are not worth a kernel."""
+    validate.no_internal_overlap("out", out)
+    columns = out.shape[2]
+    most = columns * block_size
+    expected = f"values from 0 to {most}, columns · block_size"
+    validate.require(((counts >= 0) & (counts <= most)).all(), "counts", counts, expected)
+    needed = (counts.long() + block_size - 1) // block_size
+    ends = needed.flatten().cumsum(0).view_as(needed)
+    validate.free_blocks(free, ends[-1, -1], num_blocks)
+
+    column = torch.arange(columns, device=counts.device)
+    blocks = free[((ends - needed)[..., None] + column).clamp(max=free.shape[0] - 1)]
+    out.copy_(torch.where(column < needed[..., None], blocks, -1))
+    taken.copy_(ends[-1, -1:])
 
 
 @_custom_op("key_norm_scores(Tensor keys, Tensor? lengths, Tensor(a!) out, Tensor? table=None) -> ()")

@@ -317,6 +317,17 @@ def test_opcheck():
             ops.copy_rows.default,
             (keys, values, indices, None, False, keys[:, :, :10].clone(), values[:, :, :10].clone()),
         ),
+        (
+            ops.allot_blocks.default,
+            (
+                lengths[:, None].expand(2, 2).contiguous(),
+                torch.arange(8, dtype=torch.int32, device=DEVICE),
+                8,
+                10,
+                torch.zeros(2, 2, 2, dtype=torch.int32, device=DEVICE),
+                torch.zeros(1, dtype=torch.int32, device=DEVICE),
+            ),
+        ),
     ]
     from kvevict.backends import reference
 
@@ -324,6 +335,7 @@ def test_opcheck():
     assert {op.name().partition("::")[2].partition(".")[0] for op, _ in calls} == {
         *reference.__all__,
         "topk_move",  # two of them in one
+        "allot_blocks",  # plain torch
     } - inside
     with kvevict.backend("reference"):
         for op, arguments in calls:
