@@ -8,11 +8,12 @@ transformers = pytest.importorskip("transformers")
 
 from cases import cache
 from conftest import DEVICE
-from test_hf import reference_backend, tiny  # noqa: F401
+from test_hf import prompt, reference_backend, tiny  # noqa: F401
 
+from kvevict.hf import EvictingCache
 from kvevict.hf.fit import RIDGE, _Sums, features, fit
 from kvevict.hf.rotary import before_rope, inv_freq
-from kvevict.policies import KeyDiff, LearnedKV, Observed, model_wide
+from kvevict.policies import KeyDiff, LearnedKV, ModelWide, Observed, model_wide
 from kvevict.policies.learned_kv import mixed
 
 
@@ -163,3 +164,67 @@ def test_keydiff_before_rope():
     found = KeyDiff(rotary=frequencies).scores(Observed(keys=keys))
     torch.testing.assert_close(found, plain, atol=1e-5, rtol=0)
     assert KeyDiff(rotary=frequencies) == KeyDiff(rotary=frequencies.tolist()) != KeyDiff()
+
+
+def fitted_to(model, **fields):
+    """A scorer of a tiny model, with weights of no meaning."""
+    config = model.config
+    generator = torch.Generator().manual_seed(7)
+    shape = (config.num_hidden_layers, config.num_key_value_heads, 2 * config.head_dim + 4)
+    return LearnedKV(weights=torch.randn(shape, generator=generator), inv_freq=inv_freq(model).cpu(), **fields)
+
+
+@torch.no_grad()
+def test_a_cache_keeps_what_the_scorer_says_over_the_whole_model():
+    """In the batch, too, whose shorter request has padding on its left: each is as if alone."""
+    model = tiny(head_dim=16)
+    policy = fitted_to(model, recent=4)
+    ids = prompt(60, batch=2, seed=3)
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    together = EvictingCache(model, policy, keep=0.25)
+    model(ids, attention_mask=mask, position_ids=position, past_key_values=together)
+    for b, tokens in ((0, 40), (1, 60)):
+        held = transformers.DynamicCache()
+        model(ids[b : b + 1, -tokens:], past_key_values=held)
+        seen = [Observed(keys=layer.keys, values=layer.values, layer=i) for i, layer in enumerate(held.layers)]
+        expected = model_wide([policy.scores(x) for x in seen], 0.25, sink=4, recent=4)
+        for layer, indices, x in zip(together.layers, expected, seen, strict=True):
+            keys, _, lengths = layer.whole()
+            counts = (indices >= 0).sum(-1)[0]
+            assert lengths[b].tolist() == counts.tolist()
+            for h, n in enumerate(counts.tolist()):
+                torch.testing.assert_close(keys[b, h, :n], x.keys[0, h, indices[0, h, :n]], atol=1e-4, rtol=1e-4)
+        assert sum(int((indices >= 0).sum()) for indices in expected) == 3 * 2 * (tokens // 4)
+
+
+@torch.no_grad()
+def test_what_is_not_served_is_refused():
+    model = tiny(head_dim=16)
+    policy = fitted_to(model)
+    with pytest.raises(ValueError, match="budget is 50, with LearnedKV, which reads positions: expected keep="):
+        EvictingCache(model, policy, budget=50)
+    with pytest.raises(ValueError, match="budget is 50, with KeyDiff, which reads positions"):
+        EvictingCache(model, KeyDiff(rotary=inv_freq(model)), budget=50)
+    with pytest.raises(ValueError, match=r"expected \(3, 2, features\)"):
+        EvictingCache(model, scorer(), keep=0.5)
+    with pytest.raises(ValueError, match="there is no learned scorer for this llama model"):
+        EvictingCache(model, "learned", keep=0.5)
+    for each in (policy, KeyDiff(rotary=inv_freq(model))):
+        cache = EvictingCache(model, each, keep=0.9)
+        model(prompt(60), past_key_values=cache)
+        with pytest.raises(ValueError, match="positions, which are not followed through an eviction"):
+            cache.evict(0.5)
+
+
+def test_the_package_carries_smollm2s():
+    config = transformers.LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        vocab_size=49152, rope_parameters=dict(rope_type="default", rope_theta=100_000.0),
+    )  # fmt: skip
+    policy = LearnedKV.of_model(config)
+    assert policy.weights.shape == (30, 3, 132) and policy.metadata["model"] == "SmolLM2-135M"
+    policy.check(config, 30, 3, 64)
+    cache = EvictingCache(config, "learned", keep=0.1)
+    assert isinstance(cache._budget, ModelWide)

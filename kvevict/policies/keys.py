@@ -35,6 +35,10 @@ class KeyDiff(Policy):
             angles = self.rotary.tolist() if isinstance(self.rotary, Tensor) else self.rotary
             object.__setattr__(self, "rotary", tuple(validate.number("rotary", angle) for angle in angles))
 
+    @property
+    def reads_positions(self) -> bool:
+        return self.rotary is not None
+
     def scores(self, seen: Observed) -> Tensor:
         if self.rotary is None:
             return ops.keydiff_scores(seen.keys, anchor=self.anchor, lengths=seen.lengths)

@@ -49,6 +49,14 @@ class LearnedKV(Policy):
         validate.tensor("weights", self.weights, 3, (torch.float32,))
         validate.tensor("inv_freq", self.inv_freq, 1, (torch.float32,))
 
+    @property
+    def reads_positions(self) -> bool:
+        return True
+
+    @property
+    def spread(self) -> str:
+        return "model-wide"
+
     def scores(self, seen: Observed) -> Tensor:
         assert seen.values is not None
         if not 0 <= seen.layer < len(self.weights):
