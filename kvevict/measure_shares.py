@@ -123,7 +123,12 @@ def run(
         def ids(words: str) -> Tensor:
             return torch.tensor(tokenizer(words, add_special_tokens=False)["input_ids"])
 
-        pieces = [piece for body in bodies.values() for piece in train.slices(ids(body), texts, tokens)]
+        pieces: list[Tensor] = []
+        for name, body in bodies.items():
+            try:
+                pieces += train.slices(ids(body), texts, tokens)
+            except models.Unavailable as error:
+                raise models.Unavailable(f"{name}: {error}") from error
         progress.update(task, description="reading, and repeating", completed=0, total=len(pieces))
         try:
             table = measure(model, pieces, ids(PROMPT), keeps, lambda: progress.advance(task))
@@ -131,8 +136,9 @@ def run(
             raise models.Unavailable(str(error)) from error
 
     metadata = {
-        "model": model_name, "config": config_hash(model.config), "texts": f"{texts} each of {', '.join(bodies)}",
-        "tokens": str(tokens), "protected": f"{SINK} + {RECENT}", "version": __version__,
+        "model": model_name, "config": config_hash(model.config),
+        "texts": f"{texts} pieces each of {', '.join(bodies)}", "tokens": str(tokens),
+        "protected": f"{SINK} + {RECENT}", "version": __version__,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }  # fmt: skip
     shares = Shares(tuple(keeps), table, metadata)

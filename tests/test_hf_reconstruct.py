@@ -81,3 +81,20 @@ def test_what_is_not_served_is_refused(monkeypatch):
     capped = tiny("Gemma2", attn_logit_softcapping=50.0, query_pre_attn_scalar=16)
     with pytest.raises(ValueError, match="Gemma2ForCausalLM computes attention in a way of its own"):
         repeat_scores(capped, context, prompt)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="older versions have other layers")
+def test_latents_and_layers_of_other_kinds_are_refused(monkeypatch):
+    """What attends over latents attends over keys that are made of what is cached."""
+    monkeypatch.setenv("KVEVICT_BACKEND", "reference")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=60, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=4, q_lora_rank=None, kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16,
+                 v_head_dim=16, first_k_dense_replace=8)  # fmt: skip
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**sizes)).eval()
+    with pytest.raises(ValueError, match="does not attend over what layer 0 caches: expected a model without MLA"):
+        repeat_scores(model, ids(1, S), ids(1, 5)[0])
+    assert model.config._attn_implementation == "sdpa"
+    hybrid = tiny("FalconH1", mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8)
+    with pytest.raises(ValueError, match="FalconH1ForCausalLM has layers of the kind LinearAttention"):
+        repeat_scores(hybrid, ids(1, S), ids(1, 5)[0])

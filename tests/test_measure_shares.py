@@ -56,6 +56,13 @@ def test_shares_are_the_mean_of_what_heads_keep_of_the_best_tokens(model):
     torch.testing.assert_close(table.mean((1, 2)), torch.tensor(keeps))
 
 
+def test_layers_of_unlike_heads_are_refused(model, monkeypatch):
+    unlike = [torch.rand(1, 2, S), torch.rand(1, 4, S)]
+    monkeypatch.setattr("kvevict.hf.reconstruct.repeat_scores", lambda *_: unlike)
+    with pytest.raises(ValueError, match=r"layers of \[2, 4\] KV heads"):
+        measure_shares.measure(model, pieces(1), torch.tensor([7]), (0.7,))
+
+
 def test_the_favoured_tenth_by_hand():
     table = torch.full((10, 2), 0.1)
     table[3, 1], table[7, 0] = 0.6, 1.0
@@ -83,6 +90,9 @@ def test_the_command_writes_shares_that_fit_the_model(model, tmp_path, monkeypat
     torch.testing.assert_close(torch.tensor(said["table"]), shares.table, rtol=0, atol=1e-5)
     assert said["keeps"] == [0.7, 0.9] and (tmp_path / "tiny.png").stat().st_size > 10_000
     assert "most favoured of 6 heads" in " ".join(capsys.readouterr().out.split())
+    texts[1].write_text("too short")
+    with pytest.raises(measure_shares.models.Unavailable, match=r"b\.txt: the text has 9 tokens"):
+        measure_shares.run("tiny", texts, 2, S, [0.9], "cpu", out, report)
     counts = Fixed(out, 0.8).per_head(3, 2, 100, protected=36)
     assert sum(map(sum, counts)) == 480
 

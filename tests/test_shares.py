@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kvevict.policies import Shares, shares
+from kvevict.policies import Fixed, Shares, shares
 
 
 def measured():
@@ -91,3 +91,17 @@ def test_shares_are_found_by_the_config(monkeypatch):
     monkeypatch.setattr(shares, "_packaged", lambda: {"another": measured(), "tiny": known})
     assert shares.find(config()) is known and shares.find(config(vocab_size=7)) is None
     assert Shares.named("tiny") is known
+
+
+def test_the_package_carries_those_of_smollm2():
+    """Found by the sizes that its config says; the best tokens were `keep` of all, and a few heads hold many."""
+    smollm2 = config(num_hidden_layers=30, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
+                     num_key_value_heads=3, vocab_size=49152, rope_parameters={"rope_theta": 1e5})  # fmt: skip
+    found = shares.find(smollm2)
+    assert found is Shares.named("smollm2-135m") and (found.layers, found.heads) == (30, 3)
+    torch.testing.assert_close(found.table.mean((1, 2)), torch.tensor(found.keeps), rtol=0, atol=1e-3)
+    assert found.table.min() >= 36 / 1024 - 1e-6 and found.table.max() <= 1
+    ten = found.at(0.25).flatten().topk(10).values.sum() / 90
+    assert 0.38 < ten / 0.25 < 0.46
+    counts = Fixed("smollm2-135m", 0.25).per_head(30, 3, 1024, protected=36)
+    assert sum(map(sum, counts)) == 90 * 256 and min(map(min, counts)) >= 36
