@@ -33,8 +33,8 @@ _PER_TURN = tl.constexpr(2.0**32 / (2 * math.pi))  # angles are counted in 2⁻�
 
 @triton.jit
 def _angles(inv_freq_ptr, PAIRS: tl.constexpr, BLOCK_P: tl.constexpr):
-    """[BLOCK_P] int32: by how much a position turns each pair, in 2⁻³² turns; 0 beyond those of RoPE. What this cuts off
-    is less than 2⁻³² turns a position: 0.0015 rad after a million."""
+    """[BLOCK_P] int32: by how much a position turns each pair, in 2⁻³² turns; 0 beyond those of RoPE. What this cuts
+    off is less than one of them a position: 0.0015 rad after a million."""
     pair = tl.arange(0, BLOCK_P)
     frequency = tl.load(inv_freq_ptr + pair, mask=pair < PAIRS, other=0.0).to(tl.float64)
     return (frequency * _PER_TURN).to(tl.int64).to(tl.int32)
