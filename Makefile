@@ -19,7 +19,7 @@ endif
 PLAIN = KVEVICT_BACKEND=$$($(PY) -c "import torch; print('auto' if torch.cuda.is_available() else 'reference')")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train test test-ptx test-versions test-all fuzz mutate test-vllm lint bench quality quality-peers clean
+.PHONY: help setup demo train test test-ptx test-versions test-all fuzz mutate test-vllm lint bench quality quality-shares quality-peers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -39,7 +39,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(READY)  ## evict from a real model's cache and ask it for a hidden fact (DEMO="--keep 0.3 ...")
 	TRITON_INTERPRET=$$($(PY) -c "import torch; print(int(not torch.cuda.is_available()))") $(PY) -m kvevict demo $(DEMO)
 
-train: $(READY)  ## train the learned scorer on a real model (TRAIN="--layers 4 ..."); the demo's --policy all takes it up
+train: $(READY)  ## fit the learned scorer to a real model (TRAIN="--model ID --text FILE ...")
 	$(PLAIN) $(PY) -m kvevict train $(TRAIN)
 
 test: $(READY)  ## the checks of a commit; without a GPU the kernels run in Triton's interpreter, and some as compiled
@@ -121,6 +121,9 @@ bench: $(READY)  ## rooflines into bench/results/<device>/ (BENCH="--quick --out
 
 quality: $(READY)  ## what a model still knows after eviction, every policy and share (QUALITY="--quick")
 	$(PLAIN) $(PY) -m bench.quality $(QUALITY)
+
+quality-shares: $(READY)  ## the same when layers and heads keep unequal numbers (QUALITY="--shares FILE --text FILE")
+	$(PLAIN) $(PY) -m bench.quality_shares $(QUALITY)
 
 .venv-peers/.installed:
 	$(PYTHON) -m venv .venv-peers

@@ -10,16 +10,19 @@ of what bounds it, over its waves.
     L2       bytes asked for by wide loads and stores
 
 A wave is as many programs as fit the device by registers, shared memory and warps; the last one may be smaller. A gap
-is added to every launch.
+is added to every launch. What KeyDiff's first pass leaves in L2 for the second is simulated (bench/l2.py).
 
-Not in it: bank conflicts, programs of one launch that do more than their mean, and what a pass over more than half of
-L2 leaves there for the next.
+Where rows have unequal lengths, all programs are looked at, and latency is when the last of them ends. Not in it: bank
+conflicts, programs of other launches that do more than their mean, and what another pass over more than half of L2
+leaves there for the next.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
+import math
 import pathlib
 import re
 import sys
@@ -32,6 +35,7 @@ import torch
 import triton
 
 from bench import RESULTS, machine_code
+from bench.l2 import L2, share_missed
 from bench.report import COLORS
 from bench.trips import Executed, executed
 from kvevict import traffic
@@ -192,35 +196,55 @@ class LaunchCost:
 
 
 def memory_accesses(
-    run: Executed, device: Device, caches: list[torch.Tensor], warm: set[int]
-) -> tuple[float, set[int]]:
-    """Bytes of a launch that come from or go to HBM, and the lines of PTX of the loads that wait for it.
+    run: Executed, launch: machine_code.Launch, device: Device, caches: list[torch.Tensor], l2: L2, resident: int
+) -> tuple[float, float, set[int]]:
+    """Bytes of a launch that come from or go to HBM, bytes that wide loads and stores ask of L2, and the lines of PTX
+    of the loads that wait for HBM.
 
     What is small enough stays in L2: scores, indices and workspaces always, K and V (`caches`) if an earlier launch has
-    read them, whose addresses are in `warm`; stores to K and V leave L2 in the end. Read again is read from L2.
+    read them; stores to K and V leave L2 in the end. Read again is read from L2. `resident`: programs that run at once.
     """
-    theirs = {cache.data_ptr() for cache in caches}
+    theirs = {cache.data_ptr(): cache.shape[3] * cache.element_size() for cache in caches}
     asked: Counter = Counter()
+    from_l2: Counter = Counter()
     lines = set()
+    simulated: dict[int, float | None] = {}  # by address of K: one pass over it, however many loads read it
     for access in run.accesses:
         address, size = access.tensor.data_ptr(), access.tensor.numel() * access.tensor.element_size()
-        kept = address not in theirs or (address in warm and access.kind == "read")
-        if size > device.l2_bytes / 2 or not kept:
-            asked[address, size, access.kind] += access.bytes
+        share = None
+        if address in theirs and access.kind == "read":
+            if address not in simulated:
+                simulated[address] = share_missed(launch, l2, theirs[address], resident)
+            share = simulated[address]
+        if access.lane_bytes >= 8:  # narrow ones are mostly broadcasts
+            from_l2[address, access.kind, size if share is not None else math.inf] += access.bytes
+        kept = address not in theirs or (address in l2.seen and access.kind == "read")
+        if share is None:
+            share = float(size > device.l2_bytes / 2 or not kept)
+        if share:
+            asked[address, size * share, access.kind] += access.bytes
             if access.kind == "read":
                 lines.add(access.ptx_line)
-    warm.update(access.tensor.data_ptr() for access in run.accesses)
-    return sum(min(count, size) for (_, size, _), count in asked.items()), lines
+    l2.seen.update(access.tensor.data_ptr() for access in run.accesses)
+    # A pass whose order is known reads each byte once; what a pipeline loads beyond its last tile is masked.
+    wide = sum(min(count, most) for (_, _, most), count in from_l2.items())
+    return sum(min(count, size) for (_, size, _), count in asked.items()), wide, lines
 
 
 def launch_cost(
-    launch: machine_code.Launch, device: Device, caches: list[torch.Tensor], known=(), warm: set[int] | None = None
+    launch: machine_code.Launch,
+    device: Device,
+    caches: list[torch.Tensor],
+    known=(),
+    l2: L2 | None = None,
+    unequal: bool = False,
 ) -> LaunchCost:
-    """`caches`, `warm`: see memory_accesses; `known`: see trips.executed."""
-    run = executed(launch, machine_code.sass(launch.compiled), known)
-    hbm, from_memory = memory_accesses(run, device, caches, set() if warm is None else warm)
-    asked = sum(access.bytes for access in run.accesses if access.lane_bytes >= 8)  # narrow ones are mostly broadcasts
+    """`caches`, `l2`: see memory_accesses; `known`: see trips.executed; `unequal`: look at every program."""
+    code = machine_code.sass(launch.compiled)
+    run = executed(launch, code, known, range(launch.programs) if unequal else ())
     fit = device.fit(launch.warps, machine_code.registers(launch.compiled), launch.compiled.metadata.shared)
+    l2 = L2(device.l2_bytes // 2) if l2 is None else l2
+    hbm, asked, from_memory = memory_accesses(run, launch, device, caches, l2, fit * device.multiprocessors)
     cycles, under_way = alone(run, device, from_memory)
     pipes = pipe_cycles(run)
 
@@ -233,17 +257,36 @@ def launch_cost(
         bounds["L2"] = asked * share / device.l2_bandwidth
         return max((seconds, name) for name, seconds in bounds.items())
 
-    full, rest = divmod(launch.programs, fit * device.multiprocessors)
+    slots = fit * device.multiprocessors
+    full, rest = divmod(launch.programs, slots)
     bounds: Counter = Counter()
-    for number, programs in ((full, fit * device.multiprocessors), (1, rest)):
-        if number and programs:
-            seconds, bound = wave(programs)
-            bounds[bound] += number * seconds
+    if unequal:  # a slot takes the next program when it is done with one
+        seconds, bound = wave(launch.programs)
+        ones = {work: program for program, work in run.work.items()}  # one of each kind stands for all
+        takes = {
+            work: alone(executed(launch, code, known, [program]), device, from_memory)[0]
+            for work, program in ones.items()
+        }
+        latency = last_end([takes[work] for work in run.work.values()], slots) / device.clock
+        bounds[bound if seconds > latency else "latency"] = max(seconds, latency)
+    else:
+        for number, programs in ((full, slots), (1, rest)):
+            if number and programs:
+                seconds, bound = wave(programs)
+                bounds[bound] += number * seconds
     return LaunchCost(
         launch.kernel, launch.programs, fit, full + bool(rest), hbm, asked,
         under_way * launch.warps * min(fit, -(-launch.programs // device.multiprocessors)),
         sum(run.counts) * launch.warps * launch.programs, sum(bounds.values()), max(bounds, key=bounds.get),
     )  # fmt: skip
+
+
+def last_end(takes: list[float], slots: int) -> float:
+    """When the last of these is done, if each in turn takes the slot that is free first."""
+    ends = [0.0] * slots
+    for time_ in takes:
+        heapq.heappush(ends, heapq.heappop(ends) + time_)
+    return max(ends)
 
 
 class _TorchLaunches(torch.utils._python_dispatch.TorchDispatchMode):
@@ -300,6 +343,7 @@ class Op:
     caches: list[torch.Tensor]
     floors: dict[str, float]
     known: tuple[torch.Tensor, ...] = ()  # integers whose values decide how far loops go
+    unequal: bool = False  # programs do not all do much the same
 
 
 def _keydiff_floors(shape: Shape, device: Device) -> dict[str, float]:
@@ -370,11 +414,38 @@ def decode_attention(shape: Shape, device: Device) -> Op:
     return Op({"decode": call}, [keys, values], {"decode": once.bytes / device.bandwidth})
 
 
+def _paged_decode(shape: Shape, device: Device, longest: float) -> Op:
+    """A decode step over pages with a table for each head; of eight heads one holds `longest` times the mean."""
+    others = (8 - longest) / 7
+    lengths = [16 * round(shape.tokens * share / 16) for share in (longest, *[others] * 7)] * (shape.rows // 8)
+    columns = max(lengths) // 16
+    one = (torch.empty(1, 16, 1, shape.D, dtype=torch.bfloat16) for _ in range(2))
+    keys, values = (x.expand(sum(lengths) // 16, 16, 1, shape.D).transpose(1, 2) for x in one)
+    table, query, out = torch.empty(1, shape.rows, columns, dtype=torch.int32), shape.queries(1), shape.queries(1)
+    held = torch.tensor([lengths], dtype=torch.int32)
+
+    def call():
+        backend.decode_attention(query, keys, values, 0.1, held, None, 1.0, None, 0, 0.0, out, table)
+
+    once = sum(lengths) * 2 * shape.D * 2 / device.bandwidth
+    return Op({"decode": call}, [keys, values], {"decode": once}, (held,), unequal=True)
+
+
+def paged_decode_equal_heads(shape: Shape, device: Device) -> Op:
+    return _paged_decode(shape, device, 1.0)
+
+
+def paged_decode_unequal_heads(shape: Shape, device: Device) -> Op:
+    return _paged_decode(shape, device, 3.0)
+
+
 ROWS, TOKENS = (8, 256), (4096, 32768, 131072, 1048576)
 OPS = {
     keydiff_compact: TOKENS,
     paged_keydiff_compact: TOKENS[:3],
     decode_attention: TOKENS[:3],
+    paged_decode_equal_heads: TOKENS[:3],
+    paged_decode_unequal_heads: TOKENS[:3],
     attention_mass_window: TOKENS[:3],
     attention_mass_prompt: TOKENS[:1],
 }
@@ -384,13 +455,13 @@ def stages(make: Callable, shape: Shape, device: Device, launches: list) -> list
     """The stages of one op at one shape, and their sum. `launches` is the list that compile_only's callback fills."""
     op = make(shape, device)
     found: dict[str, list] = {}
-    warm: set[int] = set()
+    l2 = L2(device.l2_bytes // 2)
     for stage, call in op.calls.items():
         launches.clear()
         with _TorchLaunches() as torch_launches:
             call()
         for launch in launches:
-            cost = launch_cost(launch, device, op.caches, op.known, warm)
+            cost = launch_cost(launch, device, op.caches, op.known, l2, op.unequal)
             # KeyDiff's first pass is a stage of its own.
             found.setdefault("anchor" if "anchor" in launch.kernel else stage, []).append(cost)
         found.setdefault(stage, []).extend([None] * torch_launches.count)

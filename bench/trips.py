@@ -19,6 +19,7 @@ import pathlib
 import re
 import statistics
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -411,24 +412,31 @@ class Executed:
     counts: list[float]  # of each instruction
     loops: list[tuple[int | None, float]]  # of each instruction: address of its innermost loop, trips through it
     accesses: list[Access]
+    work: dict[int, int]  # of each program that was looked at: blocks run
 
 
-def executed(launch: Launch, code: list[Instruction], known=()) -> Executed:
+def sampled(launch: Launch) -> set[int]:
+    """Programs of a launch whose mean is taken for that of all: spread by the golden ratio, so that no pattern of rows
+    and splits is in step with it."""
+    return {int(i * 0.6180339887498949 % 1 * launch.programs) for i in range(_SAMPLES)}
+
+
+def executed(launch: Launch, code: list[Instruction], known=(), chosen: Collection[int] = ()) -> Executed:
     """How often each instruction of a launch's machine code runs.
 
-    `known`: integer tensors whose values decide how far loops go (lengths).
+    `known`: integer tensors whose values decide how far loops go (lengths). `chosen`: the programs that are looked at.
     """
     program = parse(launch.compiled.asm["ptx"], launch.folder)
     deciding = _deciding(program)
     sizes = {name: value for name, value in launch.arguments.items() if isinstance(value, int)}
-    # Spread by the golden ratio: no pattern of rows and splits is in step with it.
-    chosen = {int(i * 0.6180339887498949 % 1 * launch.programs) for i in range(_SAMPLES)}
-    runs, entries = Counter(), Counter()
+    chosen = chosen or sampled(launch)
+    runs, entries, work = Counter(), Counter(), {}
     for program_id in chosen:
         of_one = _blocks_run(launch, program, deciding, program_id, known, sizes)
         for total, found in zip((runs, entries), of_one, strict=True):
             for block, count in found.items():
                 total[block] += count / len(chosen)
+        work[program_id] = of_one[0].total()
 
     loops = _sass_loops(code)
     inner = [
@@ -476,4 +484,4 @@ def executed(launch: Launch, code: list[Instruction], known=()) -> Executed:
         else:  # all trips are written out
             counts.append(runs[block] / (copies(None, source.head) or 1))
     where = [(loop and loop[0], trips.get(loop, 1.0)) for loop in inner]
-    return Executed(code, counts, where, _accesses(launch, program, runs))
+    return Executed(code, counts, where, _accesses(launch, program, runs), work)

@@ -43,6 +43,9 @@ def decode_run_kernel(
     row = (program // splits // row_blocks).to(tl.int64)
     b, h = row // H, row % H
     length = row_length(lengths, b, h, S)
+    begin = split * chunk
+    if begin >= length:  # the merge does not ask for it
+        return
     offset = tl.maximum(length - W, 0)
     columns = tl.arange(0, BLOCK_D)
     value_columns = value_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
@@ -53,7 +56,6 @@ def decode_run_kernel(
     query_pointers = group_rows_at(queries, b, h, rows, is_query, G)
     query = load_tile(queries, query_pointers, is_query, columns, COMPUTE)
 
-    begin = split * chunk
     end = tl.minimum(begin + chunk, length)
     best = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
@@ -100,27 +102,38 @@ def decode_run_kernel(
     tl.store(pointers, sums, mask=in_group[:, None] & (value_columns < values.width)[None, :])
 
 
-@triton.jit(do_not_specialize=["splits", "W"])
+@triton.jit(do_not_specialize=["W", "S", "H", "splits", "chunk"])
 def merge_decode_kernel(
-    sums_ptr, best_ptr, total_ptr, out_ptr, given_lse_ptr, lse_ptr, splits, W,
-    G: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    sums_ptr, best_ptr, total_ptr, lengths, out_ptr, given_lse_ptr, lse_ptr, W, S, H, splits, chunk,
+    G: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     query = tl.program_id(0).to(tl.int64)  # of B · Hq · W
     head, w = query // W, query % W
     row = head // G  # of B · H
     columns = tl.arange(0, BLOCK_DV)
-    best = tl.full([], float("-inf"), tl.float32)
-    total = tl.full([], 0.0, tl.float32)
-    sums = tl.zeros([BLOCK_DV], tl.float32)
-    for split in range(0, splits):
-        part = ((row * splits + split) * W + w) * G + head % G
-        part_best = tl.load(best_ptr + part)
+    length = row_length(lengths, row // H, row % H, S)
+    runs = (length + chunk - 1) // chunk  # a short row has fewer than the longest
+    # Run j goes to lane j % BLOCK_P; the lanes meet once, at the end.
+    best = tl.full([BLOCK_P], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_P], tl.float32)
+    sums = tl.zeros([BLOCK_P, BLOCK_DV], tl.float32)
+    for first in range(0, runs, BLOCK_P):
+        run = first + tl.arange(0, BLOCK_P)
+        part = ((row * splits + run) * W + w) * G + head % G
+        part_best = tl.load(best_ptr + part, mask=run < runs, other=float("-inf"))
+        part_total = tl.load(total_ptr + part, mask=run < runs, other=0.0)
+        mask = (run < runs)[:, None] & (columns < DV)[None, :]
+        part_sums = tl.load(row_pointers(sums_ptr, part, DV, columns), mask=mask, other=0.0)
         best_after = tl.maximum(best, part_best)
         shift = tl.where(best_after == float("-inf"), 0.0, best_after)  # no token seen yet
         grow, shrink = tl.exp2(part_best - shift), tl.exp2(best - shift)
-        total = total * shrink + tl.load(total_ptr + part) * grow
-        sums = sums * shrink + tl.load(sums_ptr + part * DV + columns, mask=columns < DV, other=0.0) * grow
+        total = total * shrink + part_total * grow
+        sums = sums * shrink[:, None] + part_sums * grow[:, None]
         best = best_after
+    lanes_best, best = best, tl.max(best, 0)
+    grow = tl.exp2(lanes_best - tl.where(best == float("-inf"), 0.0, best))
+    total = tl.sum(total * grow, 0)
+    sums = tl.sum(sums * grow[:, None], 0)
     if given_lse_ptr is None:
         out = sums / total
         lse = (best + tl.log2(total)) * _LN_2
@@ -183,7 +196,7 @@ def decode_attention(
     (_, HQ, W, _), DV, (B, H, S, D) = queries.shape, values.shape[3], cache_shape(keys, table)
     G, rows = HQ // H, B * H
     compute, size = dot_type(queries)
-    config = decode_config(rows, W * G, S, D, DV, size, multiprocessors(keys.device))
+    config = decode_config(rows, W * G, S, D, DV, size, multiprocessors(keys.device), lengths is not None)
     row_blocks = cdiv(W * G, config.block_rows)
 
     def workspace(*shape):
@@ -201,8 +214,12 @@ def decode_attention(
         BLOCK_S=config.block_tokens, CAUSAL=W > 1, COMPUTE=compute,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+    BLOCK_DV = triton.next_power_of_2(DV)
+    # Parts at a time: few round trips to L2, and 32 floats of them a thread; of a row that is hardly cut, few lanes.
+    BLOCK_P = min(32, max(1, 4096 // BLOCK_DV)) if config.splits > 4 else 4
     merge_decode_kernel[(B * HQ * W,)](
-        sums, best, total, out, given_lse, lse, config.splits, W, G=G, DV=DV, BLOCK_DV=triton.next_power_of_2(DV),
+        sums, best, total, per_head, out, given_lse, lse, W, S, H, config.splits, config.chunk,
+        G=G, DV=DV, BLOCK_DV=BLOCK_DV, BLOCK_P=BLOCK_P,
     )  # fmt: skip
     if logits is not None:
         BLOCK = 1024  # 8 tokens a thread: enough loads in flight for a few floats a token

@@ -109,10 +109,25 @@ def _check_indices(indices, keys, table, lengths) -> None:
 
 def _from_end(indices, lengths):
     """Slots and the rows they name counted back from the request's end: the last token comes first."""
-    kept = (indices >= 0).sum(-1, keepdim=True)
-    lengths = lengths.long().view(*lengths.shape, *(1,) * (3 - lengths.ndim))
-    rank = kept - 1 - torch.arange(indices.shape[2], device=indices.device)
-    return torch.where(rank >= 0, lengths - 1 - indices.gather(2, rank.clamp(min=0)), -1)
+    slots = torch.empty(indices.shape, dtype=torch.int64, device=indices.device)
+    _run("slots_from_end", indices.device, indices, lengths, slots)
+    return slots
+
+
+@_custom_op("keep_counts(Tensor? lengths, SymInt S, Tensor? keep, SymInt share, SymInt most, Tensor(a!) kept) -> ()")
+def _keep_counts_op(lengths, S, keep, share, most, kept):
+    ok = torch.empty(1, dtype=torch.bool, device=kept.device)
+    _run("keep_counts", kept.device, lengths, S, keep, share, most, kept, ok)
+    if keep is not None:
+        validate.require(ok[0], "keep", keep, "counts of at least 1, or 0 for a head without a token")
+
+
+@_custom_op(
+    "left_blocks(Tensor table, Tensor lengths, Tensor kept, SymInt block_size, bool from_end, Tensor(a!) held, "
+    "Tensor(b!) freed) -> ()"
+)
+def _left_blocks_op(table, lengths, kept, block_size, from_end, held, freed):
+    _run("left_blocks", table.device, table, lengths, kept, block_size, from_end, held, freed)
 
 
 @_custom_op(
@@ -130,7 +145,6 @@ def _keydiff_scores_op(keys, anchor, unit, lengths, out, table=None):
 def _topk_indices_op(scores, keep_lengths, sink, recent, shared, lengths, trusted, out):
     if not trusted:
         _check_lengths(lengths, scores[..., None], None)
-    validate.counts_positive(keep_lengths, lengths)
     _run("topk_indices", scores.device, scores, keep_lengths, sink, recent, shared, lengths, out)
 
 
@@ -176,7 +190,6 @@ def _topk_move_op(
 ):  # fmt: skip
     """topk_indices, then move_rows in order: the selection clears the flags of the move, which saves it a launch."""
     _check_written(keys, values, table, lengths, key_scales, value_scales)
-    validate.counts_positive(keep_lengths, lengths)
     B, H, _ = scores.shape
     slots = indices.expand(B, H, -1)
     flags = torch.empty(pick(keys.device).move_flags(slots, keys, values), dtype=torch.int32, device=keys.device)
@@ -188,20 +201,55 @@ def _topk_move_op(
 
 @_custom_op(
     "copy_rows(Tensor keys, Tensor values, Tensor indices, Tensor(a!)? slots, bool trusted, Tensor(b!) out_keys, "
-    "Tensor(c!) out_values) -> ()"
+    "Tensor(c!) out_values, Tensor? out_table=None) -> ()"
 )
-def _copy_rows_op(keys, values, indices, slots, trusted, out_keys, out_values):
+def _copy_rows_op(keys, values, indices, slots, trusted, out_keys, out_values, out_table=None):
+    """out_table: the outputs are the caller's pages, under a table that allot_blocks has filled for these indices."""
+    if out_table is not None:
+        pages = {"key_cache": out_keys, "value_cache": out_values}
+        validate.written_apart(pages, read={"keys": keys, "values": values})
     if not trusted:
         validate.indices_ascend(indices, keys.shape[2])
     if slots is not None:
         _run("fill_holes", keys.device, indices, slots)
-    _run("copy_rows", keys.device, keys, values, indices if slots is None else slots, out_keys, out_values)
+    moves = indices if slots is None else slots
+    _run("copy_rows", keys.device, keys, values, moves, out_keys, out_values, None, out_table)
+
+
+@_custom_op(
+    "allot_blocks(Tensor counts, Tensor free, SymInt num_blocks, SymInt block_size, Tensor(a!) out, Tensor(b!) taken) "
+    "-> ()"
+)
+def _allot_blocks_op(counts, free, num_blocks, block_size, out, taken):
+    """Plain torch: so few numbers are not worth a kernel."""
+    validate.no_internal_overlap("out", out)
+    columns = out.shape[2]
+    most = columns * block_size
+    expected = f"values from 0 to {most}, columns · block_size"
+    validate.require(((counts >= 0) & (counts <= most)).all(), "counts", counts, expected)
+    needed = (counts.long() + block_size - 1) // block_size
+    ends = needed.flatten().cumsum(0).view_as(needed)
+    validate.free_blocks(free, ends[-1, -1], num_blocks)
+
+    column = torch.arange(columns, device=counts.device)
+    blocks = free[((ends - needed)[..., None] + column).clamp(max=free.shape[0] - 1)]
+    out.copy_(torch.where(column < needed[..., None], blocks, -1))
+    taken.copy_(ends[-1, -1:])
 
 
 @_custom_op("key_norm_scores(Tensor keys, Tensor? lengths, Tensor(a!) out, Tensor? table=None) -> ()")
 def _key_norm_scores_op(keys, lengths, out, table=None):
     _check_lengths(lengths, keys, table)
     _run("key_norm_scores", keys.device, keys, lengths, out, table)
+
+
+@_custom_op(
+    "kv_scores(Tensor keys, Tensor? values, Tensor? weights, Tensor inv_freq, Tensor? positions, Tensor? lengths, "
+    "Tensor(a!)? fitted, Tensor(b!)? keydiff, Tensor? table=None) -> ()"
+)
+def _kv_scores_op(keys, values, weights, inv_freq, positions, lengths, fitted, keydiff, table=None):
+    _check_lengths(lengths, keys, table)
+    _run("kv_scores", keys.device, keys, values, weights, inv_freq, positions, lengths, fitted, keydiff, table)
 
 
 @_custom_op("mlp_scores(Tensor hidden, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor(a!) out) -> ()")

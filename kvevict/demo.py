@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import os
 import pathlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kvevict import models
-from kvevict.backends import pick
-from kvevict.policies import NAMED, Learned, Policy
+from kvevict.backends import backend, pick
+from kvevict.policies import NAMED, Budget, Fixed, Learned, Policy
+from kvevict.policies.shares import find
 
 if TYPE_CHECKING:  # the command line answers --help without transformers
     from kvevict.hf import EvictingCache
@@ -24,6 +27,7 @@ if TYPE_CHECKING:  # the command line answers --help without transformers
 FACT = "\n\nThe best pizza in Chicago is sold by Kowalski. Remember: the best pizza in Chicago is sold by Kowalski.\n\n"
 QUESTION = "\n\nThe best pizza in Chicago is sold by"
 ANSWER = " Kowalski"
+SHARES = ("none", "layers", "heads")  # what has measured shares of the budget, instead of equal ones
 CHUNK = 256  # tokens of prefill per step of the progress bar
 
 
@@ -38,7 +42,7 @@ class Row:
     seconds: float
     loss: float
     answer: str
-    indices: list[Tensor]  # per layer [1, H, n], empty for the whole cache
+    indices: list[Tensor]  # per layer [1, H, n], -1 behind what a head keeps; empty for the whole cache
 
 
 def build_prompt(tokenizer, text: str, tokens: int) -> Tensor:
@@ -66,7 +70,7 @@ def read(model, ids: Tensor, policy: Policy, advance: Callable[[int], object]) -
     return cache
 
 
-def evicted(cache: EvictingCache, keep: float) -> tuple[EvictingCache, list[Tensor], float]:
+def evicted(cache: EvictingCache, keep: float | Budget) -> tuple[EvictingCache, list[Tensor], float]:
     """A copy of the cache cut down to that share, the kept indices of its layers, and the seconds it took."""
     cache = copy.deepcopy(cache)
     indices: list[Tensor] = []
@@ -79,6 +83,17 @@ def evicted(cache: EvictingCache, keep: float) -> tuple[EvictingCache, list[Tens
         torch.get_device_module(device).synchronize()
     seconds = time.perf_counter() - start
     return cache, [x.cpu() for x in indices], seconds
+
+
+def kept_by_kernels(cache: EvictingCache, keep: float) -> Tensor:
+    """What the first layer keeps of the cache, indices [1, H, n], when the kernels choose and move."""
+    cache = copy.deepcopy(cache)
+    indices: list[Tensor] = []
+    cache.on_evict = lambda eviction: indices.append(eviction.indices)
+    layers: list[Any] = cache.layers
+    with backend("triton"):
+        layers[0].apply(layers[0].choose(keep))
+    return indices[0]
 
 
 def ask(model, tokenizer, cache: EvictingCache, ids: Tensor) -> tuple[float, str]:
@@ -102,12 +117,11 @@ def ask(model, tokenizer, cache: EvictingCache, ids: Tensor) -> tuple[float, str
 
 def held_bytes(cache: EvictingCache) -> int:
     """Bytes of memory that the keys and values keep alive."""
-    layers: list[Any] = cache.layers
-    return sum(x.untyped_storage().nbytes() for layer in layers for x in (layer.keys, layer.values))
+    return sum(layer.bytes for layer in cache.report())
 
 
 def draw(rows: list[Row], seen: int, output: pathlib.Path) -> None:
-    """Loss against memory; for one policy, also its kept tokens as layers × position for every share."""
+    """Loss against memory; for one policy, also its kept tokens as heads × position for every share."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,14 +134,13 @@ def draw(rows: list[Row], seen: int, output: pathlib.Path) -> None:
         width = 3.2 * (len(maps) + 1) if maps else 6.4
         figure, axes = plt.subplots(1, len(maps) + 1, figsize=(width, 3.8), layout="constrained", squeeze=False)
         for axis, row in zip(axes[0], maps, strict=False):
-            kept = torch.zeros(len(row.indices), seen)
-            for layer, indices in enumerate(row.indices):
-                kept[layer] = torch.bincount(indices.flatten(), minlength=seen) / indices.shape[1]
+            kept = torch.cat([torch.zeros(x.shape[1], seen + 1).scatter_(1, x[0] % (seen + 1), 1) for x in row.indices])
+            kept = kept[:, :seen]  # behind it is what -1 names
             columns = kept[:, : seen // 20 * 20].unflatten(1, (-1, 20)).mean(-1) if seen >= 400 else kept
             image = axis.imshow(
-                columns.numpy(), aspect="auto", cmap="cividis", vmin=0, vmax=1, extent=(0, seen, len(kept), 0)
+                columns.numpy(), aspect="auto", cmap="cividis", vmin=0, vmax=1, extent=(0, seen, len(row.indices), 0)
             )
-            axis.set(title=f"keep {row.keep:g}", xlabel="position (tokens)", ylabel="layer")
+            axis.set(title=f"keep {row.keep:g}", xlabel="position (tokens)", ylabel="layer (a row for each head)")
         if maps:
             figure.colorbar(image, ax=axes[0][len(maps) - 1], label="share kept")
         axis = axes[0][-1]
@@ -164,6 +177,23 @@ def chosen_policies(name: str, weights: pathlib.Path) -> dict[str, Policy]:
     return {name: NAMED[name]}
 
 
+def shared_out(shares: str, model: Any, keep: float) -> float | Budget:
+    """`keep` for layers or heads by the shares that were measured on such a model, or the same for all.
+
+    Raises:
+        kvevict.models.Unavailable: none were.
+    """
+    if shares == "none":
+        return keep
+    found = find(model.config)
+    if found is None:
+        raise models.Unavailable(
+            f"--shares is {shares}: expected none, as the package has no shares of such a model; `kvevict budgets` "
+            "measures them"
+        )
+    return Fixed(found, keep, per=shares.removesuffix("s"))
+
+
 def weights_path(model_name: str) -> pathlib.Path:
     """Where `kvevict train` puts a model's learned scorer, and the demo looks for it."""
     return models.cache_dir() / f"learned-{model_name.replace('/', '--')}.safetensors"
@@ -176,6 +206,7 @@ def run(
     tokens: int,
     keep: list[float],
     policy_name: str,
+    shares: str,
     weights: pathlib.Path | None,
     device: str,
     output: pathlib.Path,
@@ -200,15 +231,25 @@ def run(
             raise models.Unavailable(f"--keep is {share}: expected a share in (0, 1] of at least one token")
     if not output.resolve().parent.is_dir():
         raise models.Unavailable(f"--output is {output}: expected a file in an existing folder")
+    if shares not in SHARES:
+        raise models.Unavailable(f"--shares is {shares}: expected one of {', '.join(SHARES)}")
     policies = chosen_policies(policy_name, weights or weights_path(model_name))
+    if shares == "heads":
+        policies = {name: replace(policy, heads="each") for name, policy in policies.items()}
     body = models.read_text(text)
     models.known_device(device)
+    where = pick(torch.device(device)).__name__.rpartition(".")[2]
+    # The interpreter takes a second or two for each cut of a layer: in the first one it does, beside the reference.
+    beside = device == "cpu" and where == "triton" and os.environ.get("KVEVICT_BACKEND", "auto") in ("", "auto")
+    same, compared = 0, 0
 
-    with Progress(console=console, transient=True) as progress:
+    chosen = backend("reference") if beside else contextlib.nullcontext()
+    with chosen, Progress(console=console, transient=True) as progress:
         loading = progress.add_task(f"loading {model_name}", total=None)
         model, tokenizer = models.load(model_name, device)
         progress.remove_task(loading)
-        if any(policy.needs - {"hidden"} for policy in policies.values()):
+        budgets = [shared_out(shares, model, share) for share in keep]
+        if shares != "none" or any(policy.needs - {"hidden"} for policy in policies.values()):
             model.set_attn_implementation(NAME)
         ids = build_prompt(tokenizer, body, tokens).to(device)
         working = progress.add_task("reading, evicting, asking", total=len(policies) * (tokens + len(keep) * CHUNK))
@@ -219,17 +260,28 @@ def run(
                 rows.append(
                     Row("whole cache", 1.0, tokens, held_bytes(cache), 0.0, *ask(model, tokenizer, cache, ids), [])
                 )
-            for share in keep:
-                shrunk, indices, seconds = evicted(cache, share)
+            for share, budget in zip(keep, budgets, strict=True):
+                try:
+                    shrunk, indices, seconds = evicted(cache, budget)
+                except ValueError as error:
+                    raise models.Unavailable(f"--policy is {name} with --shares {shares}: {error}") from error
+                if beside and shares == "none":
+                    heads = zip(kept_by_kernels(cache, share)[0], indices[0][0], strict=True)
+                    same += sum(int(torch.isin(*both).sum()) for both in heads)
+                    compared += indices[0].numel()
                 loss, answer = ask(model, tokenizer, shrunk, ids)
-                n = indices[0].shape[2]
+                n = round(sum(layer.kept for layer in shrunk.report()) / len(indices))
                 rows.append(Row(name, share, n, held_bytes(shrunk), seconds, loss, answer, indices))
                 progress.advance(working, CHUNK)
 
-    where = pick(torch.device(device)).__name__.rpartition(".")[2]
-    if device == "cpu" and where == "triton":
+    if beside and shares != "none":
+        where = "reference"
+    elif beside:
+        where = f"reference; the triton kernels, interpreted, keep {same} of its {compared} tokens in layer 0"
+    elif device == "cpu" and where == "triton":
         where = "triton kernels, interpreted on the CPU: the time says nothing about a GPU"
-    table = Table(title=f"{model_name}, {tokens} tokens")
+    of = "" if shares == "none" else f", measured shares of {shares}"
+    table = Table(title=f"{model_name}, {tokens} tokens{of}")
     for column in ("policy", "keep", "tokens", "before MiB", "after MiB", "evict ms", "loss", "answer"):
         table.add_column(column, justify="left" if column in ("policy", "answer") else "right")
     for row in rows:

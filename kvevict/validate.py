@@ -190,8 +190,9 @@ def kept_lengths(keep: int | float | Tensor, lengths: Tensor) -> Tensor:
     return lengths.clamp(max=keep)
 
 
-def written_apart(tensors: dict[str, Tensor]) -> None:
-    """What a call writes in place: every element at an address of its own, and no byte in two of the tensors.
+def written_apart(tensors: dict[str, Tensor], read: dict[str, Tensor] | None = None) -> None:
+    """What a call writes in place: every element at an address of its own, and no byte in two of the tensors, or in
+    one that it reads.
 
     Needs addresses, so it runs inside an op, not while torch.compile traces.
     """
@@ -200,6 +201,8 @@ def written_apart(tensors: dict[str, Tensor]) -> None:
     for i, one in enumerate(names := list(tensors)):
         for other in names[i + 1 :]:
             _no_mutual_overlap(one, tensors[one], other, tensors[other])
+        for other, value in (read or {}).items():
+            _no_mutual_overlap(other, value, one, tensors[one])
 
 
 def no_internal_overlap(name: str, value: Tensor) -> None:
@@ -221,7 +224,7 @@ def _no_mutual_overlap(name: str, rows: Tensor, other_name: str, other: Tensor) 
     if apart >= _extent(rows) or -apart >= _extent(other):
         return
     strides, other_strides = ([x.element_size() * s for s in x.stride()[:3]] for x in (rows, other))
-    if strides == other_strides:
+    if strides == other_strides and rows.shape[:3] == other.shape[:3]:
         # Interleaved: the distance between a row of one and one of the other is `apart` plus some steps along each
         # stride. As neither overlaps itself, only the two step counts around an exact hit can bring rows together.
         distances = {apart}
@@ -254,14 +257,6 @@ def rows_in_range(ok: Tensor, lengths: Tensor, S: int, table: Tensor | None, blo
     require(ok[0], "lengths or block_tables", lengths, f"lengths up to {S}, blocks from 0 to {blocks - 1}")
 
 
-def counts_positive(keep: Tensor | None, lengths: Tensor | None) -> None:
-    """A caller's counts, keep [B, H], are at least 1, or 0 for a head without a token."""
-    if keep is None or keep.ndim == 1:
-        return
-    least = 1 if lengths is None else (lengths if lengths.ndim == 2 else lengths[:, None]).clamp(max=1)
-    require((keep >= least).all(), "keep", keep, "counts of at least 1, or 0 for a head without a token")
-
-
 def blocks_apart(table: Tensor, lengths: Tensor, blocks: int, block_size: int) -> None:
     """No block that holds a token is in the table twice."""
     lengths = lengths.view(*lengths.shape, *(1,) * (table.ndim - lengths.ndim))
@@ -271,6 +266,18 @@ def blocks_apart(table: Tensor, lengths: Tensor, blocks: int, block_size: int) -
     order = torch.where(used, table, apart).flatten().sort().values
     expected = "no block twice: shared blocks (prefix caching) are not written; copy them first"
     require((order[1:] != order[:-1]).all(), "block_tables", table, expected)
+
+
+def free_blocks(free: Tensor, taken: Tensor, num_blocks: int) -> None:
+    """The first `taken` of a list of free blocks are there, lie in the cache, and are different ones."""
+    F = free.shape[0]
+    require(taken <= F, "free", free, f"enough blocks for the kept tokens, more than these {F}")
+    place = torch.arange(F, device=free.device)
+    used = place < taken
+    expected = f"blocks from 0 to {num_blocks - 1}"
+    require((~used | ((free >= 0) & (free < num_blocks))).all(), "free", free, expected)
+    order = torch.where(used, free, num_blocks + place).sort().values
+    require((order[1:] != order[:-1]).all(), "free", free, "no block twice")
 
 
 def indices_ascend(indices: Tensor, ends: Tensor | int) -> None:

@@ -8,6 +8,9 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     torch.set_num_threads(1)  # pytest-xdist runs a worker per core
+    from interpreter import speed_up
+
+    speed_up()
 
 import pytest
 

@@ -43,5 +43,14 @@ if __name__ == "__main__":
         for name in ("LDG", "STG")
     }
     stages = model.stages(model.keydiff_compact, model.Shape(8, 4096), model.H100, launches)
+    decode = [
+        model.stages(make, model.Shape(8, 8192), model.H100, launches)[-1]
+        for make in (model.paged_decode_equal_heads, model.paged_decode_unequal_heads)
+    ]
+    ends = [model.last_end([3, 1, 1, 1], 2), model.last_end([1, 1, 1, 3], 2), model.last_end([5], 2)]
     fit = [model.H100.fit(4, 93, 2048), model.H100.fit(16, 128, 0), model.H100.fit(4, 32, 100 << 10)]
-    print(json.dumps(dict(double=figures, cost=vars(cost), unknown=unknown, stages=stages, fit=fit)))
+    print(
+        json.dumps(
+            dict(double=figures, cost=vars(cost), unknown=unknown, stages=stages, decode=decode, ends=ends, fit=fit)
+        )
+    )

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import both, cache, name
+from cases import both, cache, crossed, name
 from conftest import DEVICE, HAS_GPU
 
 import kvevict
+from kvevict.paged import paged_decode_attention
 
 SHAPES = [(2, 2, 70, 64, 64), (1, 2, 1300, 64, 32), (1, 1, 300, 80, 80), (1, 1, 100, 576, 512), (1, 1, 1, 128, 128)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -26,9 +27,7 @@ def dense(q, k, v):
     return (w @ v).view(B, HQ, 1, -1), w.mean(2)
 
 
-@pytest.mark.parametrize("G", [1, 4, 20])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pytest.mark.parametrize("shape, dtype, G", crossed(SHAPES, DTYPES, [4, 1, 20]))
 def test_equals_attention_written_out(shape, dtype, G):
     keys, values = cache(shape, dtype)
     q = query(shape, G, dtype)
@@ -155,9 +154,9 @@ def chunk(q, k, v, lengths):
     return out, lse, weights
 
 
-@pytest.mark.parametrize("lengths", [[[70, 70], [70, 70]], [[70, 70], [4, 4]], [[70, 0], [9, 33]]], ids=str)
-@pytest.mark.parametrize("W", [1, 2, 5, 64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("W, lengths, dtype", crossed(
+    [5, 1, 2, 64], [[[70, 0], [9, 33]], [[70, 70], [70, 70]], [[70, 70], [4, 4]]], [torch.float32, torch.bfloat16]
+))  # fmt: skip
 def test_a_chunk_of_queries_is_causal_among_itself(W, lengths, dtype):
     shape = (2, 2, 70, 16, 24)
     keys, values = cache(shape, dtype)
@@ -187,6 +186,45 @@ def test_a_chunk_of_queries_is_causal_among_itself(W, lengths, dtype):
         most = weights.amax(2)
         clear = ((most - 0.1).abs() > 1e-5) & inside
         assert torch.equal((used == 7)[clear], (most >= 0.1)[clear]) and (used[~inside] == -1).all()
+
+
+@pytest.mark.parametrize(
+    "W, lengths",
+    [(1, [[70, 0], [9, 33]]), (2, [[1, 64], [0, 0]]), (7, [[70, 0], [9, 33]]), (64, [[70]])],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+def test_pages_of_unequal_heads_under_a_group_of_many_queries(W, lengths, dtype):
+    """All of W queries see every cached token of their head: they are one group, [B, H·G·W, 1, D]."""
+    B, H, G, D, DV, size, columns = len(lengths), len(lengths[0]), 3, 16, 24, 8, 10
+    generator = torch.Generator().manual_seed(W)
+    order = torch.randperm(B * H * columns, generator=generator).view(B, H, columns).int().to(DEVICE)
+    held = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    used = torch.arange(columns, device=DEVICE) * size < held[..., None]
+    table = torch.where(used, order, -1)
+    keys, values = (torch.full((B * H * columns, size, 1, width), float("nan"), device=DEVICE) for width in (D, DV))
+    keys, values = keys.to(dtype), values.to(dtype)
+    q = cache((B, H, G * W, D, D), dtype, seed=3)[0]
+    expected = torch.zeros(B, H, G * W, DV, dtype=torch.float64, device=DEVICE)
+    lse = torch.full((B, H, G * W), float("-inf"), dtype=torch.float64, device=DEVICE)
+    for b in range(B):
+        for h in range(H):
+            length = lengths[b][h]
+            k, v = (torch.randn(length, width, generator=generator).to(DEVICE).to(dtype) for width in (D, DV))
+            for token in range(length):
+                keys[order[b, h, token // size], token % size, 0] = k[token]
+                values[order[b, h, token // size], token % size, 0] = v[token]
+            if length:
+                logits = q[b, h].double() @ k.double().T / D**0.5
+                lse[b, h] = logits.logsumexp(-1)
+                expected[b, h] = logits.softmax(-1) @ v.double()
+    resolution = 1e-6 if dtype == torch.float32 else 8e-3
+    folded = q.view(B, H * G * W, 1, D)
+    for out, found in both(lambda: paged_decode_attention(folded, keys, values, table, held, return_lse=True)):
+        out, found = out.view(B, H, G * W, DV).double(), found.view(B, H, G * W).double()
+        torch.testing.assert_close(out, expected, rtol=2 * resolution, atol=2 * resolution)
+        torch.testing.assert_close(found, lse, rtol=1e-5, atol=1e-5)
+        assert not out[held == 0].any() and (found[held == 0] == float("-inf")).all()
 
 
 def test_parts_of_a_cache_add_up_under_the_lse_of_all():
@@ -233,7 +271,7 @@ def test_bad_input_is_named_and_nothing_is_written(case):
     assert (arguments["mass"] == 0).all()
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_torch_compile_traces_it_whole(dynamic):
     def step(q, keys, values, mass, lengths):
         out = kvevict.decode_attention(q, keys, values, lengths=lengths, mass=mass, decay=0.9)

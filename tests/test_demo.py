@@ -12,7 +12,7 @@ pytest.importorskip("typer")
 import kvevict
 import kvevict.hf  # its attention
 from kvevict import demo, models
-from kvevict.policies import NAMED
+from kvevict.policies import NAMED, Fixed
 
 
 def command(*arguments):
@@ -22,7 +22,7 @@ def command(*arguments):
 @pytest.mark.parametrize(
     "arguments",
     [["--device", "nonsense"], ["--model", "/no/such/model"], ["--text", "/no/such/text"], ["--keep", "1.5"],
-     ["--output", "/no/such/folder/a.png"], ["--policy", "nonsense"]],
+     ["--output", "/no/such/folder/a.png"], ["--policy", "nonsense"], ["--shares", "nonsense"]],
     ids=lambda a: a[0],
 )  # fmt: skip
 def test_bad_options_end_in_one_line(arguments):
@@ -93,6 +93,14 @@ def test_demo_on_a_tiny_model(tmp_path):
         assert demo.held_bytes(half) * 2 == demo.held_bytes(cache)
         loss, answer = demo.ask(model, Words(), half, ids)
         rows.append(demo.Row(name, 0.5, 200, demo.held_bytes(half), seconds, loss, answer, indices))
-    for count in (2, 3):  # one policy: its kept tokens too; several: their losses
+    with kvevict.backend("reference"):
+        uneven, indices, _ = demo.evicted(caches["keydiff"], Fixed(torch.tensor([[1.0, 3.0], [2.0, 0.5]]), 0.3))
+        rows.insert(1, demo.Row("keydiff", 0.3, 120, demo.held_bytes(uneven), 0.0, 3.0, "", indices))
+        assert sum(int((x >= 0).sum()) for x in indices) == 2 * 2 * 120
+        assert 4 * 120 * 64 <= demo.held_bytes(uneven) <= 4 * (120 + 16) * 64
+        with pytest.raises(models.Unavailable, match="--shares is heads: expected none"):
+            demo.shared_out("heads", model, 0.3)
+        assert demo.shared_out("none", model, 0.3) == 0.3
+    for count in (3, 4):  # one policy: its kept tokens too; several: their losses
         demo.draw(rows[:count], 400, tmp_path / f"{count}.png")
         assert (tmp_path / f"{count}.png").stat().st_size > 10_000

@@ -130,7 +130,7 @@ def rewritten(folder, change):
 
 
 DEFECTS = {
-    "format": (lambda state, x: state.update(format=1), "has format 1: expected 2"),
+    "format": (lambda state, x: state.update(format=1), "has format 1: expected 3"),
     "no format": (lambda state, x: state.pop("format"), "has no 'format'"),
     "layers": (lambda state, x: state["layers"].pop(), "has 2 layers: expected 3"),
     "layers are a number": (lambda state, x: state.update(layers=7), "has no len"),
@@ -143,13 +143,21 @@ DEFECTS = {
     "shapes": (lambda state, x: x.update({"2.values": x["2.values"][:, :, 1:]}), "has keys of shape"),
     "dimensions": (lambda state, x: x.update({"2.keys": x["2.keys"][0]}), "has keys of shape"),
     "batch": (lambda state, x: x.update({"1.keys": x["1.keys"][:2], "1.values": x["1.values"][:2]}), r"\[3, heads"),
+    "heads": (lambda state, x: x.update({f"2.{n}": x[f"2.{n}"][:, :1] for n in ("keys", "values")}),
+              "has heads 1 in layer 2: expected 2"),
+    "heads of all": (lambda state, x: x.update({f"{i}.{n}": x[f"{i}.{n}"].repeat(1, 2, 1, 1)
+                                                for i in range(3) for n in ("keys", "values")}),
+                     "has heads 4 in layer 0: expected 2"),
+    "head_dim": (lambda state, x: x.update({"1.keys": x["1.keys"][..., :8]}), "has head_dim 8 in layer 1: expected 16"),
+    "value_dim": (lambda state, x: x.update({"1.values": x["1.values"][..., :8]}), "has value_dim 8 in layer 1"),
+    "seen by one": (lambda state, x: state["layers"][1].update(tokens_seen=81), "has tokens_seen 81 in layer 1: .* 80"),
     "lengths": (lambda state, x: x.update({"0.lengths": x["0.lengths"] + 30}), "has lengths"),
     "length of lengths": (lambda state, x: x.update({"0.lengths": x["0.lengths"][:2]}), "has lengths of shape"),
     "no tail": (lambda state, x: x.pop("0.tail"), "has lengths without tail"),
     "queries": (lambda state, x: x.update({"0.queries": torch.zeros(3, 4, 1, 9)}), "has queries of shape"),
     "hidden": (lambda state, x: x.update({"0.hidden": torch.zeros(3, 1, 9, 9)}), "has hidden of shape"),
     "step": (lambda state, x: state["layers"][0].update(step=3), "has mass without step or step without mass"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("defect", DEFECTS)

@@ -56,6 +56,17 @@ def test_stages_of_keydiff_compact(figures):
         assert whole[key] == pytest.approx(sum(stage[key] for stage in stages))
 
 
+def test_decoding_over_unequal_heads_takes_no_longer_than_over_equal_ones(figures):
+    """Eight heads, the longest with three times the mean."""
+    equal, unequal = figures["decode"]
+    assert unequal["bytes"] == pytest.approx(equal["bytes"], rel=1e-2)
+    assert equal["floor_us"] < unequal["computed_us"] <= 1.1 * equal["computed_us"]
+
+
+def test_a_slot_takes_the_next_program_when_it_is_done(figures):
+    assert figures["ends"] == [3, 4, 5]
+
+
 def test_programs_that_fit(figures):
     code = (
         "from bench.model import H100; print([H100.fit(4, 93, 2048), H100.fit(16, 128, 0), H100.fit(4, 32, 100 << 10)])"

@@ -263,11 +263,13 @@ def test_bad_input_is_named_and_nothing_is_written():
     assert torch.equal(paged.memory, before)
 
 
-def test_compiles_whole():
+@pytest.mark.parametrize("counts", [False, True], ids=["share", "counts"])
+def test_compiles_whole(counts):
     paged = Paged(16)
 
     def call(keys, values, table, lengths):
-        return paged_keydiff_compact(keys, values, table, lengths, keep=0.5, sink=1, to="tail")
+        keep = lengths.clamp(max=9) if counts else 0.5
+        return paged_keydiff_compact(keys, values, table, lengths, keep=keep, sink=1, to="tail")
 
     with kvevict.backend("reference"):
         copies = paged.keys.clone(), paged.values.clone()
@@ -422,6 +424,53 @@ def test_bad_arguments_of_the_pool(reference):
     assert pages.length("a") == 4 and torch.equal(pages.gather("a", 0)[0][0], keys[0])
 
 
+def test_heads_of_a_pool_keep_and_free_their_own(reference):
+    """By hand: of 20 tokens in blocks of 8 (3 each), heads keep 3, 12, 1 and 20."""
+    pages = pool(num_blocks=16, per_head=True)
+    pages.allocate("a")
+    keys, values = tokens(20)
+    pages.append("a", keys, values)
+    assert pages.key_cache.shape == (16, 8, 1, D) and pages.statistics().free_blocks == 16 - 4 * 3
+    counts = torch.tensor([[3, 12], [1, 20]], device=DEVICE)
+    assert pages.evict("a", lambda keys: -keys[..., 0], counts) == 2 + 1 + 2
+    assert pages.statistics().tokens == 36 and pages.length("a") == 20
+    for layer in range(LAYERS):
+        table, lengths = pages.block_table(["a"], layer)
+        assert lengths.tolist() == [counts[layer].tolist()] and table.shape[:2] == (1, H)
+        found = pages.gather("a", layer)
+        for h, count in enumerate(counts[layer].tolist()):
+            kept = keys[layer, h, :, 0].topk(count, largest=False).indices.sort().values
+            assert torch.equal(found[0][0, h, :count], keys[layer, h, kept])
+            assert torch.equal(found[1][0, h, :count], values[layer, h, kept])
+            assert not found[0][0, h, count:].any()
+    assert pages.evict("a", KeyDiff(recent=2), 0.5) == 0 + 1 + 0 + 1
+    assert pages.block_table(["a"], 0)[1].tolist() == [[2, 6]] and pages.block_table(["a"], 1)[1].tolist() == [[1, 10]]
+    pages.free("a")
+    assert pages.statistics().free_blocks == 16
+
+
+def test_bad_arguments_of_a_pool_per_head(reference):
+    pages, plain = pool(per_head=True), pool()
+    for each in (pages, plain):
+        each.allocate("a")
+        each.append("a", *tokens(9))
+    counts = torch.full((LAYERS, H), 3, device=DEVICE)
+    for call, match in [
+        (lambda: pool(per_head=1), "per_head is 1"),
+        (lambda: pages.block_table(["a"]), "layer is None"),
+        (lambda: pages.gather("a", LAYERS), f"layer is {LAYERS}"),
+        (lambda: pages.evict("a", KeyDiff(), counts[:1]), "keep has shape"),
+        (lambda: pages.evict("a", KeyDiff(), counts.float()), "keep has dtype"),
+        (lambda: pages.evict("a", KeyDiff(), counts - 3), "keep is"),
+        (lambda: plain.evict("a", KeyDiff(), counts), "keep is a tensor: expected .* per_head=True"),
+        (lambda: plain.evict("a", KeyDiff(heads="adaptive"), 3), "policy has heads='adaptive': .* per_head=True"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=match):
+            call()
+    for each in (pages, plain):
+        assert torch.equal(each.gather("a", 1)[0][0], tokens(9)[0][1])
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_block_is_lost_or_held_twice(data, reference):
@@ -455,7 +504,7 @@ def test_no_block_is_lost_or_held_twice(data, reference):
                 del contents[request]
             elif action == "idle":
                 pages.idle(request)
-        held = [block for state in pages._requests.values() for block in state.blocks]
+        held = [block for state in pages._requests.values() for row in state.blocks for block in row]
         assert sorted(held + pages._free) == list(range(10))
         assert set(pages._requests) == set(contents)
         for name_, rows in contents.items():

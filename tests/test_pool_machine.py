@@ -1,6 +1,8 @@
 """PagedPool against a model in plain Python: a request is a list of rows; blocks are counted, never numbered."""
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,9 +13,38 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 import kvevict
 from kvevict.paged import PagedPool, PoolExhausted
+from kvevict.policies import Policy
 
 LAYERS, H, G, D, DV = 2, 2, 2, 8, 4
 NAMES = st.sampled_from("abc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondNumber(Policy):
+    """By the second number of a key: rows that are told apart in every layer and head."""
+
+    sink: int = 0
+    recent: int = 0
+    comparable: ClassVar[str] = "layer"
+
+    def scores(self, seen):
+        return seen.keys[..., 1].contiguous()
+
+
+def best(rows, count):
+    """The slots of the `count` best rows."""
+    return sorted(range(len(rows)), key=lambda slot: -rows[slot][0][1])[:count]
+
+
+def adaptive(heads, keep):
+    """The slots of each head: a fifth of what it keeps on average, then the best of all heads."""
+    n = min(keep, max(map(len, heads)))
+    kept = [best(rows, (2 * n + 5) // 10) for rows in heads]
+    others = [(-row[0][1], h, slot) for h, rows in enumerate(heads) for slot, row in enumerate(rows)]
+    for _, h, slot in sorted(x for x in others if x[2] not in kept[x[1]]):
+        if sum(map(len, kept)) < n * len(heads):
+            kept[h].append(slot)
+    return kept
 
 
 class Request:
@@ -22,15 +53,23 @@ class Request:
         self.seen, self.idle, self.used = 0, False, now
 
     @property
+    def lengths(self):
+        return [[len(rows) for rows in heads] for heads in self.rows]
+
+    @property
     def length(self):
-        return len(self.rows[0][0])
+        return max(map(max, self.lengths))
 
 
 class Machine(RuleBasedStateMachine):
+    per_head = False
+
     @initialize(blocks=st.integers(2, 6), size=st.sampled_from([1, 3, 4]))
     def start(self, blocks, size):
         sizes = dict(layers=LAYERS, kv_heads=H, head_dim=D, value_dim=DV)
-        self.pool = PagedPool(blocks, size, device=DEVICE, **sizes)
+        if self.per_head:
+            blocks *= LAYERS * H
+        self.pool = PagedPool(blocks, size, per_head=self.per_head, device=DEVICE, **sizes)
         self.blocks, self.size = blocks, size
         self.requests, self.now = {}, 0
         self.evicted = self.forgotten = 0
@@ -39,8 +78,12 @@ class Machine(RuleBasedStateMachine):
         self.now += 1
         return self.now
 
-    def held(self, request):
-        return math.ceil(request.length / self.size)
+    def counted(self, request):
+        """The lengths that the pool counts: per head all of them, else one for all."""
+        return sum(request.lengths, []) if self.per_head else [request.length]
+
+    def held(self, request, new=0):
+        return sum(math.ceil((length + new) / self.size) for length in self.counted(request))
 
     def free(self):
         return self.blocks - sum(self.held(request) for request in self.requests.values())
@@ -79,7 +122,7 @@ class Machine(RuleBasedStateMachine):
         if name not in self.requests:
             return self.refused(self.pool.append, name, *given)
         request = self.requests[name]
-        gone = self.makes_room(math.ceil((request.length + count) / self.size) - self.held(request), besides=name)
+        gone = self.makes_room(self.held(request, count) - self.held(request), besides=name)
         if gone is None:
             with pytest.raises(PoolExhausted):
                 self.pool.append(name, *given)
@@ -92,19 +135,49 @@ class Machine(RuleBasedStateMachine):
         request.seen += count
         request.idle, request.used = False, self.tick()
 
-    @rule(name=NAMES, keep=st.integers(1, 10))
-    def evict(self, name, keep):
-        """By the second number of a key: rows that are told apart in every layer and head."""
+    @rule(name=NAMES, keep=st.integers(1, 10), adaptive_heads=st.booleans())
+    def evict(self, name, keep, adaptive_heads):
+        policy = SecondNumber(heads="adaptive" if adaptive_heads else "each")
         if name not in self.requests or not self.requests[name].length:
-            return self.refused(self.pool.evict, name, lambda keys: keys[..., 1], keep)
+            return self.refused(self.pool.evict, name, policy, keep)
+        if adaptive_heads and not self.per_head:
+            with pytest.raises(ValueError, match="per_head=True"):
+                self.pool.evict(name, policy, keep)
+            return
         request = self.requests[name]
-        before, length = self.held(request), request.length
-        freed = self.pool.evict(name, lambda keys: keys[..., 1], keep)
-        for heads in request.rows:
-            for h, rows in enumerate(heads):
-                best = sorted(range(length), key=lambda slot: -rows[slot][0][1])[:keep]
-                heads[h] = [rows[slot] for slot in sorted(best)]
-        self.evicted += length - request.length
+        own = [
+            adaptive(heads, keep) if adaptive_heads else [best(rows, keep) for rows in heads] for heads in request.rows
+        ]
+        self.evicts(name, policy, keep, own)
+
+    @rule(name=NAMES, counts=st.lists(st.integers(1, 10), min_size=LAYERS * H, max_size=LAYERS * H))
+    def evict_to_counts(self, name, counts):
+        if name not in self.requests or not self.requests[name].length:
+            return
+        counts = torch.tensor(counts, device=DEVICE).view(LAYERS, H)
+        if not self.per_head:
+            with pytest.raises(ValueError, match="per_head=True"):
+                self.pool.evict(name, SecondNumber(), counts)
+            return
+        rows = zip(self.requests[name].rows, counts.tolist(), strict=True)
+        own = [[best(*pair) for pair in zip(heads, layer, strict=True)] for heads, layer in rows]
+        self.evicts(name, SecondNumber(), counts, own)
+
+    @rule(name=NAMES, keep=st.integers(1, 10))
+    def evict_by_a_function(self, name, keep):
+        if name in self.requests and self.requests[name].length:
+            own = [[best(rows, keep) for rows in heads] for heads in self.requests[name].rows]
+            self.evicts(name, lambda keys: keys[..., 1], keep, own)
+
+    def evicts(self, name, policy, keep, kept):
+        """kept: the slots of each layer and head that stay."""
+        request = self.requests[name]
+        before, tokens = self.held(request), sum(self.counted(request))
+        freed = self.pool.evict(name, policy, keep)
+        for heads, own in zip(request.rows, kept, strict=True):
+            for h, slots in enumerate(own):
+                heads[h] = [heads[h][slot] for slot in sorted(slots)]
+        self.evicted += tokens - sum(self.counted(request))
         assert freed == before - self.held(request)
 
     @rule(names=st.lists(NAMES, min_size=1, max_size=3, unique=True), layer=st.integers(0, LAYERS - 1))
@@ -115,10 +188,14 @@ class Machine(RuleBasedStateMachine):
         output = self.pool.attend(names, layer, queries)
         for i, name in enumerate(names):
             rows = self.requests[name].rows[layer]
-            keys, values = (torch.tensor([[row[part] for row in head] for head in rows]) for part in (0, 1))
-            own = queries[i].cpu().view(H, G, D)
-            expected = torch.softmax(own @ keys.transpose(1, 2) / math.sqrt(D), dim=-1) @ values
-            torch.testing.assert_close(output[i].cpu().view(H, G, DV), expected, rtol=1e-4, atol=1e-5)
+            for h, head in enumerate(rows):
+                expected = torch.zeros(G, DV)
+                if head:
+                    keys, values = (torch.tensor([row[part] for row in head]) for part in (0, 1))
+                    own = queries[i].cpu().view(H, G, D)[h]
+                    expected = torch.softmax(own @ keys.T / math.sqrt(D), dim=-1) @ values
+                found = output[i].cpu().view(H, G, DV)[h]
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
             self.requests[name].idle, self.requests[name].used = False, self.tick()
 
     @rule(name=NAMES)
@@ -151,32 +228,40 @@ class Machine(RuleBasedStateMachine):
         said = pool.statistics()
         assert (said.blocks, said.free_blocks) == (self.blocks, self.free())
         assert (said.requests, said.idle_requests) == (len(requests), sum(r.idle for r in requests.values()))
-        assert (said.tokens, said.tokens_seen) == tuple(
-            sum(getattr(r, n) for r in requests.values()) for n in ("length", "seen")
-        )
+        assert said.tokens == sum(sum(self.counted(r)) for r in requests.values())
+        assert said.tokens_seen == sum(r.seen for r in requests.values())
         assert (said.tokens_evicted, said.requests_evicted) == (self.evicted, self.forgotten)
-        with_tokens = [name for name, request in requests.items() if request.length]
         for name, request in requests.items():
             assert (pool.length(name), pool.tokens_seen(name)) == (request.length, request.seen)
+        with_tokens = [name for name, request in requests.items() if request.length]
         if not with_tokens:
             return
-        table, lengths = pool.block_table(with_tokens)
-        assert lengths.tolist() == [requests[name].length for name in with_tokens]
-        used = [
-            b for row, name in zip(table.tolist(), with_tokens, strict=True) for b in row[: self.held(requests[name])]
-        ]
+        used = []
+        for layer in range(LAYERS if self.per_head else 1):
+            table, lengths = pool.block_table(with_tokens, layer)
+            expected = [requests[name].lengths[layer] for name in with_tokens]
+            assert lengths.tolist() == (expected if self.per_head else [own[0] for own in expected])
+            for row, length in zip(table.view(-1, table.shape[-1]).tolist(), lengths.flatten().tolist(), strict=True):
+                used += row[: math.ceil(length / self.size)]
         assert len(set(used)) == len(used) and set(used) <= set(range(self.blocks))  # no block is held twice
         for name in with_tokens:
             for layer in range(LAYERS):
                 for part, cached in enumerate(pool.gather(name, layer)):
-                    assert cached[0].tolist() == [[row[part] for row in head] for head in requests[name].rows[layer]]
+                    for found, rows in zip(cached[0].tolist(), requests[name].rows[layer], strict=True):
+                        assert found[: len(rows)] == [row[part] for row in rows]
+                        assert not any(map(any, found[len(rows) :]))
 
 
-def test_pool_machine():
+class PerHead(Machine):
+    per_head = True
+
+
+@pytest.mark.parametrize("machine", [Machine, PerHead])
+def test_pool_machine(machine):
     with kvevict.backend("reference") if DEVICE == "cpu" else kvevict.backend("auto"):
         run_state_machine_as_test(
-            Machine,
+            machine,
             settings=settings(
-                max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+                max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
             ),
         )

@@ -7,6 +7,7 @@ from conftest import HAS_GPU
 import kvevict
 from bench.traffic import counted
 from kvevict.kernels.launch_config import score_config
+from kvevict.paged import paged_decode_attention
 from kvevict.traffic import DecodeAttention, KeydiffCompact, WindowMass
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="counts in Triton's interpreter")
@@ -53,6 +54,23 @@ def test_decode_attention_reads_the_cache_once(tracked):
         kvevict.decode_attention(query, keys, values, mass=mass if tracked else None)
     floor = DecodeAttention(H, G, S, D, D, e, tracked)
     assert floor.bytes <= traffic.bytes <= 1.05 * floor.bytes
+
+
+@pytest.mark.parametrize("lengths", [[1024] * 4, [3072, 512, 512, 0]], ids=["equal", "unequal"])
+def test_decode_attention_reads_each_kept_row_of_a_page_once(lengths):
+    """Heads of unequal length, one with nothing, cost what equal ones of the same total do."""
+    D, H, G, e, size = 128, 4, 4, 2, 16
+    columns = max(lengths) // size
+    keys, values = (torch.randn(sum(lengths) // size, size, 1, D).bfloat16() for _ in range(2))
+    used = torch.arange(columns) * size < torch.tensor(lengths)[:, None]
+    table = torch.full((1, H, columns), -1, dtype=torch.int32)
+    table[0, used] = torch.randperm(len(keys)).int()
+    query, held = torch.randn(1, H * G, 1, D).bfloat16(), torch.tensor([lengths], dtype=torch.int32)
+    with kvevict.backend("triton"), counted() as traffic:
+        paged_decode_attention(query, keys, values, table, held)
+    floor = sum(DecodeAttention(1, G, length, D, D, e, tracked=False).bytes for length in lengths)
+    places = 2 * 4 * sum(lengths)  # a block's number for each token's key and value, from L1
+    assert floor + places <= traffic.bytes - traffic.by_kernel["check_rows_kernel"] <= 1.05 * floor + places
 
 
 def test_key_norms_read_keys_once():

@@ -8,6 +8,7 @@ from bench.cases import (
     keydiff_compact,
     keydiff_scores,
     mlp_scores,
+    paged_decode_attention,
     paged_keydiff_compact,
     topk_indices,
 )
@@ -20,6 +21,7 @@ ALL = [
     key_norm_scores.CASE,
     attention_mass.CASE,
     decode_attention.CASE,
+    paged_decode_attention.CASE,
     mlp_scores.CASE,
     topk_indices.CASE,
     compact.CASE,

@@ -18,23 +18,38 @@ from transformers.cache_utils import DynamicLayer
 from kvevict import validate
 from kvevict.hf import masks, saved, shares
 from kvevict.hf.attention import NAME, SET_UP, set_up
+from kvevict.hf.choice import Choice, choose_together
 from kvevict.hf.layer import EvictingLayer, Eviction, new_tokens
 from kvevict.hf.static import StaticEvictingLayer
-from kvevict.policies import NAMED, RECOMMENDED, Budget, Hybrid, KeyDiff, Learned, Policy, Uniform
+from kvevict.policies import (
+    NAMED,
+    RECOMMENDED,
+    Budget,
+    Hybrid,
+    KeyDiff,
+    Learned,
+    LearnedKV,
+    ModelWide,
+    Policy,
+    Uniform,
+)
 
 logger = logging.getLogger("kvevict")
 POLICIES: dict[str, Policy] = {"recommended": RECOMMENDED} | NAMED
+LEARNED = "learned"  # the scorer that the package carries for the model
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer of `EvictingCache.report`. Tokens are those of the longest request."""
+    """One layer of `EvictingCache.report`. Tokens are those of a head, in the request that holds most."""
 
     layer: int
     seen: int
-    kept: int
+    kept: int  # in the mean, where heads hold unequal numbers
+    fewest: int  # of the head that holds fewest, and of the one that holds most, of any request
+    most: int
     evicted: int
-    bytes: int
+    bytes: int  # of all requests' keys and values
     retained_mass: float | None  # share of attention mass that the last eviction kept, where the policy tracks it
 
 
@@ -57,6 +72,12 @@ class EvictingCache(Cache):
     `model.set_attn_implementation("kvevict")`. Padding must be on the left. Where a model's attention cannot be ours,
     this is said once, and what needs it is refused; padding too.
 
+    Heads may keep unequal numbers of tokens: by shares measured for the model, `Fixed("smollm2-135m", 0.25)`, or by
+    their scores, with `LayerWide` or `ModelWide` and a policy whose scores compare over heads. What they keep then lies
+    in pages, a block table for each head, which hold no more than the tokens and what is empty in each head's last
+    block. `ModelWide` cuts when the last layer is done, so that the whole prompt is held until then; the others cut
+    layer by layer.
+
     Given a config alone, nothing is set and no padding is seen until that call is made: then one request is taken to
     have none, and a batch is refused.
 
@@ -65,8 +86,10 @@ class EvictingCache(Cache):
 
     Args:
         model: the model, or its config.
-        policy: what is worth keeping, or its name: "recommended", "keydiff", ...: a key of `kvevict.hf.cache.POLICIES`.
-        keep: a share (float in (0, 1]) or number (int) of the prompt's tokens, or a Budget, which shares it out.
+        policy: what is worth keeping, or its name: "recommended", "keydiff", ...: a key of `kvevict.hf.cache.POLICIES`;
+            or "learned", the scorer that the package carries for the model.
+        keep: a share (float in (0, 1]) or number (int) of the prompt's tokens, or a Budget, which shares it out over
+            layers and heads.
         budget: tokens per layer, or a Budget with an int keep.
         interval: with `budget`, how many tokens a layer may hold beyond it: eviction runs once in so many steps.
         pin: the first so many tokens, such as a system prompt, are always kept.
@@ -78,7 +101,7 @@ class EvictingCache(Cache):
 
     Raises:
         ValueError: not exactly one of keep and budget, or values out of range; a model whose layers cannot be evicted
-            from (ALiBi, layers of other kinds).
+            from (ALiBi, layers of other kinds); shares of another model; unequal heads where they are not served.
         ValueError, from the model's forward: the attention is not ours and has to be; a mask that hides more than
             padding on the left.
     """
@@ -95,9 +118,13 @@ class EvictingCache(Cache):
         on_evict: Callable[[Eviction], None] | None = None,
         static: bool = False,
     ) -> None:
+        whole_config = getattr(model, "config", model)
+        if not hasattr(whole_config, "get_text_config"):
+            raise TypeError(f"model is a {type(model).__name__}: expected a transformers model or its config")
+        self._config = whole_config.get_text_config(decoder=True)
         if isinstance(policy, str):
-            validate.one_of("policy", policy, tuple(POLICIES))
-            policy = POLICIES[policy]
+            validate.one_of("policy", policy, (*POLICIES, LEARNED))
+            policy = LearnedKV.of_model(self._config) if policy == LEARNED else POLICIES[policy]
         policy = KeyDiff() if policy is None else policy
         if not isinstance(policy, Policy):
             raise TypeError(f"policy is {policy!r}: expected a kvevict.policies.Policy or its name")
@@ -109,7 +136,12 @@ class EvictingCache(Cache):
             policy = replace(policy, sink=pin)
         if budget is not None and not isinstance(budget, Budget):
             validate.integer("budget", budget, 1)
-        share = _as_budget(keep if budget is None else budget)
+        share = _as_budget(keep if budget is None else budget, policy)
+        if budget is not None and policy.reads_positions:
+            raise ValueError(
+                f"budget is {budget}, with {type(policy).__name__}, which reads positions: expected keep=, because "
+                "they are not followed through a second eviction"
+            )
         if budget is not None and (not isinstance(share.keep, int) or share.keep <= pin):
             raise ValueError(f"budget is {share.keep}: expected an int number of tokens, more than pin, {pin}")
         if (
@@ -124,11 +156,6 @@ class EvictingCache(Cache):
                 f"static is True with budget {budget}, interval {interval} and {type(policy).__name__}: expected a "
                 "budget, an interval of at least 1, and a policy that reads keys alone"
             )
-        whole_config = getattr(model, "config", model)
-        if not hasattr(whole_config, "get_text_config"):
-            raise TypeError(f"model is a {type(model).__name__}: expected a transformers model or its config")
-        self._config = whole_config.get_text_config(decoder=True)
-        self._policy = policy
         self._static, self._unsettled, self._interval = static, 0, interval
         self.on_evict = on_evict
         self._retained: dict[int, Tensor] = {}
@@ -138,21 +165,40 @@ class EvictingCache(Cache):
         layers = DynamicCache(config=whole_config).layers
         full = _full_layers(self._config, layers)
         _check_learned(policy, full[-1] + 1)
-        parts = shares.beforehand(share, len(full))
-        self._unequal = len(set(parts)) > 1
+        self._budget, self._policy = share, shares.policy_for(share, policy)
+        heads = (getattr(self._config, name, None) for name in ("num_key_value_heads", "num_attention_heads"))
+        self._heads = next(filter(None, heads), 1)
+        of_heads = shares.unequal_heads(share, self._policy)
+        self._guarded = False
+        if of_heads:
+            shares.check_served(self._config, self._policy, for_ever=budget is not None, static=static)
+        shares.check_model(share, self._config)
+        if isinstance(policy, LearnedKV):
+            head_dim = getattr(self._config, "head_dim", None)
+            head_dim = head_dim or self._config.hidden_size // self._config.num_attention_heads
+            policy.check(self._config, len(layers), self._heads, head_dim)
+        protected = sum(self._policy.protected)
+        parts = shares.beforehand(share, len(full), self._heads, protected)
+        self._unequal = of_heads or len(set(parts)) > 1
         make = StaticEvictingLayer if static else EvictingLayer
         for n, i in enumerate(full):
             target: dict[str, Any] = {"budget": parts[n]}
             if budget is None:
-                target = {"keep": functools.partial(shares.of_layer, share, n, len(full))}
+                of_layer = functools.partial(shares.of_layer, share, n, len(full), self._heads, protected)
+                target = {"keep": of_layer}
             layers[i] = make(
-                i, policy, interval, attention_is_ours=self._attention_is_ours, on_evict=self._noted, **target
-            )
+                i, self._policy, interval, attention_is_ours=self._attention_is_ours, on_evict=self._noted,
+                of_heads=of_heads, together=self._evict_together if share.spread == "model-wide" else None, **target
+            )  # fmt: skip
         super().__init__(layers=layers)
         self._full = full
-        self._guarded = False
         if hasattr(model, "set_attn_implementation"):
             self._guarded = not set_up(model)
+            if self._guarded and of_heads:
+                raise ValueError(
+                    f'heads that keep unequal numbers need "{NAME}" attention, which {type(model).__name__} cannot '
+                    "use: expected a budget over layers"
+                )
 
     def _attention_is_ours(self) -> bool:
         return self._config._attn_implementation == NAME
@@ -172,8 +218,17 @@ class EvictingCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, EvictingLayer)]
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        """(keys, values, sliding window) of each layer, as a DynamicCache gives them."""
+        """(keys, values, sliding window) of each layer, as a DynamicCache gives them.
+
+        Raises:
+            ValueError: heads hold unequal numbers of tokens; `layers[i].whole()` gives padded copies and lengths.
+        """
         for layer in self.layers:
+            if isinstance(layer, EvictingLayer) and layer.pages is not None:
+                raise ValueError(
+                    f"the heads of layer {layer.index} hold unequal numbers of tokens, which no tensor of keys shows: "
+                    "layers[i].whole() gives padded copies and the heads' lengths"
+                )
             keys: Tensor | None = getattr(layer, "keys", None)
             values: Tensor | None = getattr(layer, "values", None)
             if isinstance(layer, EvictingLayer) and keys is not None and values is not None:
@@ -207,7 +262,9 @@ class EvictingCache(Cache):
                 f'{type(self._policy).__name__} needs {", ".join(needs)} from "{NAME}" attention: {remedy}'
             )
         if self._unequal:
-            raise ValueError(f'budgets that differ by layer need "{NAME}" attention, as one mask fits one: {remedy}')
+            raise ValueError(
+                f'budgets that differ by layer or head need "{NAME}" attention, as one mask fits one: {remedy}'
+            )
         if batch > 1 and not self._guarded:
             raise ValueError(
                 f'a batch of {batch} requests needs "{NAME}" attention, without which padding is taken for tokens: '
@@ -230,7 +287,7 @@ class EvictingCache(Cache):
         if self._after_cut is None or layer.keep is None or not layer.compressed:
             return
         self._after_cut = None if new == 1 or layer.record_past else self._after_cut + new
-        if self._after_cut is not None and 2 * self._after_cut > layer.cached() + new:
+        if self._after_cut is not None and 2 * self._after_cut > layer.kept() + new:
             logger.warning(
                 "kvevict: keep= cut the first forward, of %d tokens, and keeps all of the %d tokens that came in the "
                 "forwards after it; for a prompt in chunks use budget=, or evict() once it is read",
@@ -268,21 +325,47 @@ class EvictingCache(Cache):
         """
         self.settle()
         layers = self._evicting()
-        if any(not layer.is_initialized or layer.cached() == 0 for layer in layers):
+        if any(int(layer.get_seq_length()) == 0 for layer in layers):
             raise ValueError("the cache is empty: expected a cache after a forward")
-        budget = _as_budget(keep)
-        tokens = layers[0].tokens() if isinstance(budget, Uniform) else _most([layer.tokens() for layer in layers])
-        told = [shares.of_layer(budget, n, len(layers), tokens) for n in range(len(layers))]
-        unequal = any(share != told[0] for share in told)
+        budget = _as_budget(keep, self._policy)
+        policy = shares.policy_for(budget, self._policy)
+        of_heads = shares.unequal_heads(budget, policy)
+        if of_heads:
+            shares.check_served(self._config, policy, for_ever=layers[0].keep is None, static=self._static)
+        shares.check_model(budget, self._config)
+        told = shares.told(budget, layers, self._heads, policy)
+        unequal = of_heads or (told is not None and any(share != told[0] for share in told))
         if unequal and self._static:
             raise ValueError(f"keep is {keep}: expected the same for all layers of a static cache")
         if unequal and not self._attention_is_ours():
-            raise ValueError(f'keep is {keep}, and budgets that differ by layer need "{NAME}" attention: call {SET_UP}')
+            raise ValueError(
+                f'keep is {keep}, and budgets that differ by layer or head need "{NAME}" attention: call {SET_UP}'
+            )
+        if told is None:
+            choices = choose_together(layers, policy, budget.keep)
+        else:
+            other = None if policy is self._policy else policy
+            choices = [layer.choose(share, other) for layer, share in zip(layers, told, strict=True)]
+        self._unequal |= unequal
+        self._apply(choices)
+
+    def _evict_together(self) -> None:
+        """A choice over all layers is made when the last of them has done its attention."""
+        layers = self._evicting()
+        if any(layer.at_work or layer.tokens_seen != layers[0].tokens_seen for layer in layers):
+            return
+        if layers[0].keep is None:
+            due = sum(layer.excess() for layer in layers) > 0
+        else:
+            due = not layers[0].compressed
+        if due and not any("queries" in layer.notes.missing() for layer in layers):
+            self._apply(choose_together(layers, self._policy, self._budget.keep))
+
+    def _apply(self, choices: list[Choice]) -> None:
+        """One layer after the other, each of which frees what it gives up; then `on_evict` is called for all."""
         self._held = []
         try:
-            choices = [layer.choose(share) for layer, share in zip(layers, told, strict=True)]
-            self._unequal |= unequal
-            for layer, choice in zip(layers, choices, strict=True):
+            for layer, choice in zip(self._evicting(), choices, strict=True):
                 layer.apply(choice)
         finally:
             held, self._held = self._held, None
@@ -339,18 +422,19 @@ class EvictingCache(Cache):
         self.settle()
         reports = []
         for layer in self._evicting():
-            kept = layer.cached() if layer.is_initialized else 0
-            size = layer.keys.nbytes + layer.values.nbytes if layer.is_initialized else 0
             retained = self._retained.get(layer.index)
+            held = layer.tokens_of_heads() if layer.is_initialized else torch.zeros(1, 1, dtype=torch.int64)
             reports.append(
                 LayerReport(
                     layer.index,
                     int(layer.get_seq_length()),
-                    kept,
+                    int(held.double().mean(1).max() + 0.5),
+                    int(held.min()),
+                    int(held.max()),
                     layer.evicted,
-                    size,
+                    layer.nbytes,
                     None if retained is None else float(retained),
-                )  # fmt: skip
+                )
             )
         return reports
 
@@ -384,6 +468,7 @@ class EvictingCache(Cache):
         layers = cache._saveable()
         saved.load(layers, cache._config, pathlib.Path(folder), device)
         cache._unequal |= len({layer.cached() for layer in layers}) > 1
+        cache._unequal |= any(layer.pages is not None for layer in layers)
         return cache
 
     def _saveable(self) -> list[EvictingLayer]:
@@ -393,18 +478,11 @@ class EvictingCache(Cache):
         return self._evicting()
 
 
-def _as_budget(value: int | float | Budget | None) -> Budget:
+def _as_budget(value: int | float | Budget | None, policy: Policy) -> Budget:
     if isinstance(value, Budget):
         return value
     assert value is not None
-    return Uniform(value)
-
-
-def _most(of_layers: list[Any]) -> int | list[int]:
-    """Of each layer's number of tokens, or list of each request's: the largest."""
-    if isinstance(of_layers[0], int):
-        return max(of_layers)
-    return [max(of_request) for of_request in zip(*of_layers, strict=True)]
+    return ModelWide(value) if policy.spread == "model-wide" else Uniform(value)
 
 
 def _full_layers(config: Any, layers: list[Any]) -> list[int]:

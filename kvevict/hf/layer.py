@@ -3,6 +3,8 @@
 Tokens of a request lie in front, in order; behind them, in a batch of unequal requests, padding. Eviction follows the
 attention of the step that filled the layer: at once where our attention function runs (`attend`), else before the next
 use of the cache, because the tensors that `update` returned are still to be read.
+
+Once heads keep unequal numbers, what they kept lies in `pages`, and the keys and values here are the tokens since.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from kvevict import ops, validate
-from kvevict.hf import masks
+from kvevict import ops
+from kvevict.hf import masks, pages
 from kvevict.hf.attention import NAME, hand_over, sdpa
+from kvevict.hf.choice import Choice, choose
 from kvevict.hf.notes import Notes, thawed
+from kvevict.hf.pages import Pages
 from kvevict.hf.shares import Keep
 from kvevict.policies import Policy
-from kvevict.policies.observed import Observed
 
 
 def new_tokens(query_length: int | Tensor) -> int:
@@ -29,20 +32,14 @@ def new_tokens(query_length: int | Tensor) -> int:
 
 
 class Eviction(NamedTuple):
-    """One eviction in one layer."""
+    """One eviction in one layer. Tokens are those of a head, the mean where heads hold unequal numbers, in the request
+    that holds most."""
 
     layer: int
-    before: int  # tokens (of the longest request)
+    before: int
     kept: int
-    indices: Tensor  # [B, H, kept] int64: the slots that stayed, -1 for padding
+    indices: Tensor  # [B, H, n] int64: the slots that stayed, -1 behind what a row keeps
     retained_mass: Tensor | None  # scalar: share of the attention mass that the kept tokens had drawn, where known
-
-
-class Choice(NamedTuple):
-    """What an eviction will keep."""
-
-    indices: Tensor  # [B, H, n] int64
-    lengths: Tensor | None  # [B]: tokens of each request then, None where all have n
 
 
 class Step(NamedTuple):
@@ -52,16 +49,20 @@ class Step(NamedTuple):
     first: bool  # there was nothing before them
     before: Tensor | None  # [B]: tokens that each request had, None where all had the same number
     is_token: Tensor | None  # [B, new] bool: which of them hold a token, None for all
+    pages: Pages | None  # what lies before the slots
 
 
 class EvictingLayer(DynamicLayer):
     """Arguments as EvictingCache has them.
 
     keep: a share or number of the prompt's tokens, or a function that gives it for what `tokens` gives.
+    budget: tokens of a head, or [H] of them: of each.
     attention_is_ours: whether the model's attention is set to be `kvevict.hf.attention`.
+    of_heads: heads may come to keep unequal numbers.
+    together: called instead of an eviction, where all layers evict at once.
     """
 
-    keys: Tensor  # type: ignore[assignment]  # [B, H, n, D] once there is a token
+    keys: Tensor  # type: ignore[assignment]  # [B, H, n, D] once there is a token; n may be 0 behind pages
     values: Tensor  # type: ignore[assignment]
 
     def __init__(
@@ -71,14 +72,17 @@ class EvictingLayer(DynamicLayer):
         interval: int,
         *,
         keep: int | float | Callable[[int | list[int]], Keep] | None = None,
-        budget: int | None = None,
+        budget: int | Tensor | None = None,
         attention_is_ours: Callable[[], bool],
         on_evict: Callable[[Eviction], None],
+        of_heads: bool = False,
+        together: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
         self.index, self.policy = index, policy
         self.keep, self.budget, self.interval = keep, budget, interval
         self._attention_is_ours, self._on_evict = attention_is_ours, on_evict
+        self._of_heads, self._together = of_heads, together
         self.record_past = False
         self._clear()
 
@@ -86,6 +90,7 @@ class EvictingLayer(DynamicLayer):
         self.tokens_seen = 0  # by the longest request, left padding included: the next token's index
         self.evicted = 0  # slots given up, of the longest request
         self.lengths: Tensor | None = None  # [B]: valid tokens in front of each row; None: all
+        self.pages: Pages | None = None  # what lies before the keys and values
         self.notes = Notes(self.policy)
         self.compressed = False  # keep=: the prompt has been cut
         self.tail: int | Tensor = 0  # so many last tokens ([B] of them: of each request) have none missing among them
@@ -93,7 +98,7 @@ class EvictingLayer(DynamicLayer):
         self._entering: Tensor | None = None  # [B, T, M]: the hidden states that enter the layer's attention now
         self._unread = False  # update has returned keys that attention may still read,
         self._shape = (0, 0)  # for so many requests, of so many slots
-        self._step = Step(0, True, None, None)
+        self._step = Step(0, True, None, None, None)
 
     # What transformers asks of a layer.
 
@@ -154,12 +159,45 @@ class EvictingLayer(DynamicLayer):
         return cached + new_tokens(query_length), self.tokens_seen - cached
 
     def cached(self) -> int:
-        """Tokens in the cache, of the longest request."""
+        """Slots of keys and values: tokens of the longest request, behind pages the tokens since the cut."""
         return self.keys.shape[2] if self.is_initialized and self.keys.ndim == 4 else 0
+
+    def held(self) -> int:
+        """Tokens of all heads, of the request that holds most."""
+        if not self.is_initialized:
+            return 0
+        return (0 if self.pages is None else self.pages.most) + self.keys.shape[1] * self.cached()
+
+    def kept(self) -> int:
+        """Tokens of a head, in the mean (rounded half up) where they hold unequal numbers; as `held`."""
+        heads = self.keys.shape[1] if self.is_initialized else 1
+        return (2 * self.held() + heads) // (2 * heads)
 
     def tokens(self) -> int | list[int]:
         """Tokens in the cache; of each request, where they differ, which is read on the host."""
         return self.cached() if self.lengths is None else self.lengths.tolist()
+
+    def tokens_of_heads(self) -> Tensor:
+        """[B, H] int64: tokens in the cache."""
+        B, H = self.keys.shape[:2]
+        since = torch.full((B, 1), self.cached()) if self.lengths is None else self.lengths[:, None]
+        since = since.to(self.keys.device)
+        return since.expand(B, H) if self.pages is None else self.pages.lengths + since
+
+    def whole(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values of all cached tokens, and how many each request [B] has, or each head [B, H]; None: all.
+        Where there are pages, keys and values are copies."""
+        if self.pages is None:
+            return self.keys.detach(), self.values.detach(), self.lengths
+        return self.pages.followed_by(self.keys.detach(), self.values.detach(), self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Of memory that the keys and values keep alive."""
+        held = [self.keys, self.values]
+        if self.pages is not None:
+            held += [self.pages.keys, self.pages.values]
+        return sum(x.untyped_storage().nbytes() for x in held if x is not None)
 
     def reset(self) -> None:
         self.keys = self.values = None  # type: ignore[assignment]
@@ -244,11 +282,17 @@ class EvictingLayer(DynamicLayer):
         requests = requests.to(self.keys.device)
         self.keys, self.values = self.keys.index_select(0, requests), self.values.index_select(0, requests)
         self.lengths = None if self.lengths is None else self.lengths[requests]
+        self.pages = None if self.pages is None else self.pages.select_requests(requests)
         self.row = self.row if self.row is None or self.row.shape[0] == 1 else self.row[requests]
         self.tail = self.tail[requests] if isinstance(self.tail, Tensor) else self.tail
         self.notes.select_requests(requests)
 
     # Attention, when the model's attention function is ours.
+
+    @property
+    def at_work(self) -> bool:
+        """Whether the attention that follows the last update is still to come."""
+        return self._unread
 
     def awaits(self, module: Any, key: Tensor) -> bool:
         """Whether attention over `key` in this module is the one that follows the last update. Its keys may be made of
@@ -261,21 +305,31 @@ class EvictingLayer(DynamicLayer):
 
         Raises:
             ValueError: the mask hides more than padding on the left, see `kvevict.hf.masks.read`; the policy reads what
-                this attention does not show.
+                this attention does not show; heads hold unequal numbers of tokens, and the keys and values are others
+                than the cached ones, or gradients are wanted.
         """
         if not self._unread:  # the same step's attention once more, over other values or for another layer
+            self._check_unequal(module, self._step.pages is None, False)
             mask = self._mask(self._step, attention_mask, query, key)
             return sdpa(module, query, key, value, mask, scaling=scaling, **options)
         new = query.shape[2]
         try:
             self._check_seen(module, key is self.keys, options.get("s_aux") is not None)
+            wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+            self._check_unequal(module, key is self.keys and value is self.values, wants_grad)
             step = self._step = self._this_step(attention_mask, query)
         except ValueError:
             self._take_back(new)
             raise
         tracked = self.watching and self.notes.tracked
         tracker = self.notes.tracker
-        if tracked and new == 1 and tracker is not None and step.is_token is None:
+        if step.pages is not None:
+            if step.is_token is not None:
+                self._close_gaps(query, step.is_token)
+            tail = self.keys.detach(), self.values.detach(), self.lengths
+            sinks = options.get("s_aux")
+            output = pages.attention(step.pages, query.detach(), *tail, scale=scaling, sinks=sinks).transpose(1, 2)
+        elif tracked and new == 1 and tracker is not None and step.is_token is None:
             tracker.reserve(key.shape[2])
             tracker.append(1)
             decay = getattr(self.policy, "decay", 1.0)
@@ -289,7 +343,7 @@ class EvictingLayer(DynamicLayer):
             usual = query.shape[3] ** -0.5  # policies know no other scale
             scaled = query if scaling is None or scaling == usual else query * (scaling / usual)
             self.notes.note_queries(scaled, step.is_token)
-        if step.is_token is not None:
+        if step.is_token is not None and step.pages is None:
             query = self._close_gaps(query, step.is_token)
         if tracked and not (new == 1 and tracker is not None and step.is_token is None):
             count = new if step.is_token is None else step.is_token.sum(-1)
@@ -322,6 +376,19 @@ class EvictingLayer(DynamicLayer):
                 f"{type(module).__name__}: use a policy that reads keys or queries"
             )
 
+    def _check_unequal(self, module: Any, as_cached: bool, wants_grad: bool) -> None:
+        """Over pages it is the layer that computes attention, from its own keys and values."""
+        if (self._of_heads or self.pages is not None) and not as_cached:
+            raise ValueError(
+                f"{type(module).__name__} attends more than once over what it caches, or over what it makes of that, "
+                "which is not served where heads keep unequal numbers of tokens: use a budget over layers"
+            )
+        if self.pages is not None and wants_grad:
+            raise ValueError(
+                "gradients are wanted of attention where heads keep unequal numbers of tokens: expected a forward "
+                "inside torch.no_grad()"
+            )
+
     def _this_step(self, attention_mask: Tensor | None, query: Tensor) -> Step:
         B, new = query.shape[0], query.shape[2]
         first = self.tokens_seen == new
@@ -333,7 +400,7 @@ class EvictingLayer(DynamicLayer):
                 "is cached is no longer where the mask expects it"
             )
         self.row = shown.row
-        return Step(new, first, before, None if shown.is_token is None else shown.is_token.expand(B, new))
+        return Step(new, first, before, None if shown.is_token is None else shown.is_token.expand(B, new), self.pages)
 
     def _mask(self, step: Step, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
         """transformers' mask, made for another length or without our padding, put right for this layer's slots."""
@@ -376,14 +443,21 @@ class EvictingLayer(DynamicLayer):
         """Whether there will be another eviction, for which queries and attention are noted."""
         return self.keep is None or not self.compressed
 
-    def _target(self) -> Keep | None:
-        """What to cut down to now; None: nothing is due."""
-        if self.keep is not None:
-            if self.compressed:
-                return None
-            return self.keep(self.tokens()) if callable(self.keep) else self.keep
+    def excess(self) -> int:
+        """With a budget: tokens of all heads beyond it and the interval."""
         assert self.budget is not None
-        return self.budget if self.cached() > self.budget + self.interval else None
+        heads = self.keys.shape[1]
+        total = int(self.budget.sum()) if isinstance(self.budget, Tensor) else heads * self.budget
+        return self.held() - total - heads * self.interval
+
+    def _due(self) -> bool:
+        return self.excess() > 0 if self.keep is None else not self.compressed
+
+    def _target(self) -> Keep:
+        if self.keep is None:
+            assert self.budget is not None
+            return self.budget
+        return self.keep(self.tokens()) if callable(self.keep) else self.keep
 
     def settle(self) -> None:
         """Evict if it is due. The attention that followed the last update has been computed (or queued) by now."""
@@ -392,9 +466,10 @@ class EvictingLayer(DynamicLayer):
         if self._unread and self._attention_is_ours():
             self._was_not_asked()
         self._unread = False
-        target = self._target()
-        if target is not None and "queries" not in self.notes.missing():  # where all were cropped, the next brings some
-            self.evict(target)
+        if self._together is not None:
+            self._together()
+        elif self._due() and "queries" not in self.notes.missing():  # where all were cropped, the next brings some
+            self.evict(self._target())
 
     def _was_not_asked(self) -> None:
         """The model is set to "kvevict", and no attention over the last keys has come to it."""
@@ -409,46 +484,30 @@ class EvictingLayer(DynamicLayer):
         """Keep so many of the cached tokens (int; a list: of each request's), or that share of them."""
         self.apply(self.choose(keep))
 
-    def choose(self, keep: Keep) -> Choice:
-        """What `evict(keep)` will keep; changes nothing.
+    def choose(self, keep: Keep, policy: Policy | None = None) -> Choice:
+        """What `evict(keep)` will keep, by another policy where one is given; changes nothing.
 
         Raises:
-            ValueError: `keep` is out of range; what the policy reads was not noted.
+            ValueError: as `kvevict.hf.choice.choose`.
         """
-        name = type(self.policy).__name__
-        if not self.watching and self.policy.needs:
-            raise ValueError(f"the prompt has been cut, and nothing was noted for {name} since")
-        for missing in self.notes.missing():
-            raise ValueError(f"{name} needs {missing}, and nothing was noted since tokens were cropped: run a forward")
-        if isinstance(keep, int):
-            keep = min(keep, self.cached())
-        known: dict[str, Any] = self.notes.observed(self.lengths) | {
-            "values": self.values.detach(),
-            "layer": self.index,
-        }
-        lengths = None if self.lengths is None else self.lengths.clamp(min=1)  # a chunk may have been all padding
-        keys, tracker = self.keys.detach(), self.notes.tracker
-        if tracker is None:
-            seen = Observed(keys=keys, lengths=lengths, **known)
-        else:
-            seen = tracker.observed(keys, **known)
-        if not isinstance(keep, list):
-            indices = self.policy.select(seen, keep)
-            return Choice(indices, None if lengths is None else validate.kept_lengths(keep, lengths))
-        assert lengths is not None
-        scores = self.policy.scores(seen)
-        counts = [max(min(count, held), 1) for count, held in zip(keep, lengths.tolist(), strict=True)]
-        indices = torch.full((*keys.shape[:2], max(counts)), -1, dtype=torch.int64, device=keys.device)
-        for count in set(counts):
-            rows = torch.tensor([b for b, of_row in enumerate(counts) if of_row == count], device=keys.device)
-            indices[rows, :, :count] = self.policy.choose(scores, count, lengths)[rows]
-        return Choice(indices, torch.tensor(counts, device=keys.device))
+        return choose(self, policy or self.policy, keep)
 
     def apply(self, choice: Choice) -> None:
         """Evict all but what was chosen. Out of place: the memory of what goes returns to the allocator."""
-        before = self.cached()
-        tracker = self.notes.tracker
-        mass = None if tracker is None else tracker.mass.sum()
+        before, tracker = self.kept(), self.notes.tracker
+        retained = None
+        if tracker is not None:
+            drawn = tracker.mass.gather(2, choice.indices.clamp(min=0)).masked_fill(choice.indices < 0, 0.0)
+            retained = drawn.sum() / tracker.mass.sum()
+        indices = self._into_pages(choice) if choice.of_heads else self._compact(choice)
+        self.evicted += before - self.kept()
+        self.compressed = True
+        if not self.watching:
+            self.notes = Notes(self.policy)
+        self._on_evict(Eviction(self.index, before, self.kept(), indices, retained))
+
+    def _compact(self, choice: Choice) -> Tensor:
+        before, tracker = self.cached(), self.notes.tracker
         result = ops.compact(self.keys.detach(), self.values.detach(), choice.indices, inplace=False)
         self.keys, self.values = result.keys, result.values
         self.tail = self._tail_after(choice, before)
@@ -458,12 +517,15 @@ class EvictingLayer(DynamicLayer):
         if tracker is not None:
             tracker.compacted(result._replace(lengths=choice.lengths))
         self.notes.follow(result.indices)
-        self.evicted += before - self.cached()
-        self.compressed = True
-        retained = None if mass is None or tracker is None else tracker.mass.sum() / mass
-        if not self.watching:
-            self.notes = Notes(self.policy)
-        self._on_evict(Eviction(self.index, before, self.cached(), result.indices, retained))
+        return result.indices
+
+    def _into_pages(self, choice: Choice) -> Tensor:
+        """What tokens come from now on are the keys and values."""
+        keys, values, _ = self.whole()
+        self.pages = pages.pack(keys, values, choice.indices)
+        self.keys, self.values = (x.new_empty((*x.shape[:2], 0, x.shape[3])) for x in (keys, values))
+        self.lengths, self.tail = None, 0
+        return choice.indices[:, :, : self.pages.longest]
 
     def _tail_after(self, choice: Choice, before: int) -> int | Tensor:
         """Where tokens were given up, no more than the protected recent ones are known to have stayed."""

@@ -58,14 +58,17 @@ class Notes:
         self.tracker.append(count)
         self.tracker.observe(query, keys, scale=scale)
 
-    def observed(self, lengths: Tensor | None) -> dict[str, Any]:
+    def observed(self, lengths: Tensor | None, heads: int | None = None) -> dict[str, Any]:
         """The fields of Observed that are noted, but for the tracker's. A request that is shorter than the queries has
-        its own in front of them, as kvevict.ops wants it."""
+        its own in front of them, as kvevict.ops wants it. heads: each of so many KV heads is a request, with lengths
+        [B · heads]."""
         seen: dict[str, Any] = {}
         if self.hidden is not None:
             seen["hidden"] = self.hidden[:, 0]
         if self.queries is not None and self.queries.shape[2]:
             queries = self.queries[:, :, -self.window :]
+            if heads is not None:
+                queries = queries.unflatten(1, (heads, -1)).flatten(0, 1)
             if lengths is not None:
                 B, Hq, W, D = queries.shape
                 first = W - lengths.clamp(max=W)

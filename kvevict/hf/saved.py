@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvevict.hf import pages
 from kvevict.hf.layer import EvictingLayer
 from kvevict.policies import Tracker
 
 FILE = "cache.safetensors"
-FORMAT = 2
+FORMAT = 3
 TRACKED = ("mass", "last_used", "positions")  # of a Tracker, [B, H, n]
 # What makes a cache fit a model.
 FACTS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -38,7 +39,7 @@ def save(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path) -> 
     tensors: dict[str, Tensor] = {}
     states = []
     for i, layer in enumerate(layers):
-        if layer.cached() == 0:
+        if layer.get_seq_length() == 0:
             raise ValueError("the cache is empty: expected a cache after a forward")
         notes, tracker = layer.notes, layer.notes.tracker
         held = dict(keys=layer.keys, values=layer.values, lengths=layer.lengths, row=layer.row,
@@ -47,6 +48,8 @@ def save(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path) -> 
         if tracker is not None:
             held |= {name: getattr(tracker, name)[:, :, : layer.cached()] for name in TRACKED}
             held |= {"tracker.lengths": tracker.lengths, "tracker.tokens_seen": tracker.tokens_seen}
+        if layer.pages is not None:
+            held |= _packed(layer.pages)
         # Copies: safetensors takes no two tensors of one memory.
         tensors |= {f"{i}.{name}": x.detach().clone().contiguous() for name, x in held.items() if x is not None}
         states.append(
@@ -70,6 +73,27 @@ def save(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path) -> 
         raise
 
 
+def _packed(kept: pages.Pages) -> dict[str, Tensor]:
+    """Pages as rows without gaps: of all requests and heads, one behind the other, [tokens, D]."""
+    keys, values, lengths = kept.dense()
+    inside = pages.inside(lengths, kept.longest)
+    return {"pages.keys": keys[inside], "pages.values": values[inside], "pages.lengths": lengths}
+
+
+def _unpacked(own: dict[str, Tensor]) -> pages.Pages | None:
+    if "pages.lengths" not in own:
+        return None
+    lengths = own["pages.lengths"]
+    longest = int(lengths.max())
+    inside = pages.inside(lengths, longest)
+    keys, values = (
+        rows.new_zeros((*inside.shape, rows.shape[1])).masked_scatter_(inside[..., None], rows)
+        for rows in (own["pages.keys"], own["pages.values"])
+    )
+    slots = torch.arange(longest, device=lengths.device).expand(inside.shape)
+    return pages.pack(keys, values, slots.masked_fill(~inside, -1))
+
+
 def load(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path, device: Any) -> None:
     """Fill new layers.
 
@@ -90,10 +114,16 @@ def load(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path, dev
         if len(state["layers"]) != len(layers):
             raise ValueError(f"has {len(state['layers'])} layers: expected {len(layers)}, as the config has")
         batch = tensors["0.keys"].shape[0]
+        first: dict[str, int] = {}
         for i, (layer, of_layer) in enumerate(zip(layers, state["layers"], strict=True)):
             prefix = f"{i}."
             own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
             _check(own, of_layer, batch)
+            alike = _alike(own, of_layer)
+            first = first or alike | _sizes(config)
+            for name, expected in first.items():
+                if alike[name] != expected:
+                    raise ValueError(f"has {name} {alike[name]} in layer {i}: expected {expected}, as the model has")
             _fill(layer, own, of_layer)
     except KeyError as error:
         raise ValueError(f"{path} has no {error}: expected what save_pretrained writes") from error
@@ -125,10 +155,24 @@ def _read(path: pathlib.Path, device: Any) -> tuple[dict[str, Any], dict[str, Te
     return state, tensors
 
 
+def _alike(own: dict[str, Tensor], state: dict[str, Any]) -> dict[str, int]:
+    """What all layers of a cache have in common."""
+    (_, heads, _, head_dim), value_dim = own["keys"].shape, own["values"].shape[3]
+    return dict(heads=heads, head_dim=head_dim, value_dim=value_dim, tokens_seen=state["tokens_seen"])
+
+
+def _sizes(config: Any) -> dict[str, int]:
+    """Heads and head_dim of the keys that a model caches, as far as its config says."""
+    if getattr(config, "kv_lora_rank", None) or getattr(config, "global_head_dim", None):  # latents, other layers' size
+        return {}
+    said = dict(heads=getattr(config, "num_key_value_heads", None), head_dim=getattr(config, "head_dim", None))
+    return {name: size for name, size in said.items() if isinstance(size, int)}
+
+
 def _check(own: dict[str, Tensor], state: dict[str, Any], batch: int) -> None:
     keys, values = own["keys"], own["values"]
     B, H, n = keys.shape[:3] if keys.ndim == 4 else (0, 0, 0)
-    if B != batch or n == 0 or values.ndim != 4 or values.shape[:3] != (B, H, n):
+    if B != batch or (n == 0 and "pages.lengths" not in own) or values.ndim != 4 or values.shape[:3] != (B, H, n):
         raise ValueError(
             f"has keys of shape {tuple(keys.shape)} beside values of {tuple(values.shape)}: expected [{batch}, heads, "
             "tokens, ...] of both"
@@ -155,6 +199,7 @@ def _check(own: dict[str, Tensor], state: dict[str, Any], batch: int) -> None:
         raise ValueError("has lengths without tail or tail without lengths: expected both in a padded batch")
     if ("mass" in own) != (state["step"] is not None):
         raise ValueError("has mass without step or step without mass: expected both of a policy that tracks attention")
+    _check_packed(own, B, H)
     row = own.get("row")
     if row is not None and (row.ndim != 2 or row.shape[0] not in (1, B) or row.dtype != torch.bool):
         raise ValueError(f"has row of shape {tuple(row.shape)} and {row.dtype}: expected [{B}, slots] and torch.bool")
@@ -165,11 +210,27 @@ def _check(own: dict[str, Tensor], state: dict[str, Any], batch: int) -> None:
         raise ValueError(f"has queries of shape {tuple(queries.shape)}: expected [{B}, heads, ..., {keys.shape[3]}]")
 
 
+def _check_packed(own: dict[str, Tensor], B: int, H: int) -> None:
+    there = [name for name in own if name.startswith("pages.")]
+    if not there:
+        return
+    keys, values, lengths = (own[f"pages.{name}"] for name in ("keys", "values", "lengths"))
+    if lengths.shape != (B, H) or lengths.dtype != torch.int64 or int(lengths.min()) < 0:
+        raise ValueError(f"has pages.lengths {lengths.tolist()}: expected counts of shape {(B, H)}, none below 0")
+    total = int(lengths.sum())
+    for name, rows, like in (("keys", keys, own["keys"]), ("values", values, own["values"])):
+        if rows.shape != (total, like.shape[3]) or rows.dtype != like.dtype:
+            raise ValueError(
+                f"has pages.{name} of shape {tuple(rows.shape)} and {rows.dtype}: expected {(total, like.shape[3])}, "
+                f"as pages.lengths and {name} say, and {like.dtype}"
+            )
+
+
 def _fill(layer: EvictingLayer, own: dict[str, Tensor], state: dict[str, Any]) -> None:
     keys, values = own["keys"], own["values"]
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values, layer.lengths = keys, values, own.get("lengths")
-    layer.row = own.get("row")
+    layer.pages, layer.row = _unpacked(own), own.get("row")
     layer.tokens_seen, layer.evicted, layer.compressed = state["tokens_seen"], state["evicted"], state["compressed"]
     layer.tail = own["tail"] if state["tail"] is None else state["tail"]
     notes = layer.notes

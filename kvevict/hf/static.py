@@ -13,8 +13,10 @@ from torch import Tensor
 from kvevict import ops
 from kvevict.hf import masks
 from kvevict.hf.attention import sdpa
-from kvevict.hf.layer import Choice, EvictingLayer, Eviction, new_tokens
+from kvevict.hf.choice import Choice
+from kvevict.hf.layer import EvictingLayer, Eviction, new_tokens
 from kvevict.hf.shares import Keep
+from kvevict.policies import Policy
 from kvevict.policies.observed import Observed
 
 
@@ -29,7 +31,7 @@ class StaticEvictingLayer(EvictingLayer):
 
     @property
     def capacity(self) -> int:
-        assert self.budget is not None
+        assert isinstance(self.budget, int)
         return self.budget + self.interval
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -138,7 +140,7 @@ class StaticEvictingLayer(EvictingLayer):
         if self._unread and self._attention_is_ours():
             self._was_not_asked()
         self._unread = False
-        assert self.budget is not None
+        assert isinstance(self.budget, int)
         if int(self.length) > self.budget:
             self.evict(self.budget)
 
@@ -152,8 +154,8 @@ class StaticEvictingLayer(EvictingLayer):
         filled = int(self.length)
         return self._overflow or (self.keys[:, :, :filled], self.values[:, :, :filled])
 
-    def choose(self, keep: Keep) -> Choice:
-        assert not isinstance(keep, list)  # requests are of equal length
+    def choose(self, keep: Keep, policy: Policy | None = None) -> Choice:
+        assert isinstance(keep, (int, float)) and policy is None  # requests are of equal length, and so are heads
         keys, values = self._filled()
         if isinstance(keep, int):
             keep = min(keep, keys.shape[2])

@@ -1,5 +1,6 @@
 """Paged caches, as serving engines keep them: the ops on a block table, and a small pool where there is no engine."""
 
+from kvevict.paged.blocks import PagedRows, compact_to_pages
 from kvevict.paged.ops import (
     PagedCompacted,
     paged_attention_mass,
@@ -13,8 +14,10 @@ from kvevict.paged.pool import PagedPool, PoolExhausted, PoolStatistics
 __all__ = [
     "PagedCompacted",
     "PagedPool",
+    "PagedRows",
     "PoolExhausted",
     "PoolStatistics",
+    "compact_to_pages",
     "paged_attention_mass",
     "paged_compact",
     "paged_decode_attention",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,27 +26,33 @@ class PoolStatistics:
     free_blocks: int
     requests: int
     idle_requests: int
-    tokens: int  # cached now
+    tokens: int  # cached now; with per_head in all layers and heads together
     tokens_seen: int  # by the requests that are there
-    tokens_evicted: int  # by `evict`, since the pool was made
+    tokens_evicted: int  # by `evict`, since the pool was made; counted as `tokens` are
     requests_evicted: int  # by `require`, since the pool was made
     bytes: int  # of the whole pool
 
 
 @dataclass
 class _Request:
-    blocks: list[int] = field(default_factory=list)
-    length: int = 0
+    """A row has blocks and a length of its own: one for everything, or per head one for each layer's heads in turn."""
+
+    blocks: list[list[int]]
+    lengths: list[int]
     seen: int = 0
     idle: bool = False
     last_use: int = 0
 
 
 class PagedPool:
-    """K and V of many requests in blocks of one allocation; every layer of a request uses the same blocks.
+    """K and V of many requests in blocks of one allocation.
+
+    Every layer and head of a request uses the same blocks; or, per_head, every head of every layer has blocks of its
+    own, as many as its own tokens need.
 
     Attributes:
-        key_cache, value_cache: [layers, num_blocks, block_size, kv_heads, head_dim].
+        key_cache, value_cache: [layers, num_blocks, block_size, kv_heads, head_dim]; per_head [num_blocks, block_size,
+            1, head_dim].
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class PagedPool:
         kv_heads: int,
         head_dim: int,
         value_dim: int | None = None,
+        per_head: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -67,9 +74,12 @@ class PagedPool:
             validate.integer(name, value, 1)
         if dtype not in validate.FLOAT_DTYPES:
             raise TypeError(f"dtype is {dtype}: expected one of {validate.FLOAT_DTYPES}")
-        self.num_blocks, self.block_size = num_blocks, block_size
-        self.key_cache = torch.zeros(layers, num_blocks, block_size, kv_heads, head_dim, dtype=dtype, device=device)
-        self.value_cache = torch.zeros(layers, num_blocks, block_size, kv_heads, value_dim, dtype=dtype, device=device)
+        validate.flag("per_head", per_head)
+        self.num_blocks, self.block_size, self.per_head = num_blocks, block_size, per_head
+        self._layers, self._kv_heads = layers, kv_heads
+        shape = (num_blocks, block_size, 1) if per_head else (layers, num_blocks, block_size, kv_heads)
+        self.key_cache = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+        self.value_cache = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
         self._free = list(range(num_blocks - 1, -1, -1))
         self._requests: dict[Hashable, _Request] = {}
         self._clock = itertools.count(1)
@@ -83,7 +93,8 @@ class PagedPool:
         """
         if request in self._requests:
             raise ValueError(f"request is {request!r}: expected one that is not in the pool")
-        self._requests[request] = _Request(last_use=next(self._clock))
+        rows = self._layers * self._kv_heads if self.per_head else 1
+        self._requests[request] = _Request([[] for _ in range(rows)], [0] * rows, last_use=next(self._clock))
 
     def _known(self, request: Hashable) -> _Request:
         if request not in self._requests:
@@ -96,8 +107,8 @@ class PagedPool:
         return state
 
     def length(self, request: Hashable) -> int:
-        """Tokens that are cached for a request."""
-        return self._known(request).length
+        """Tokens that are cached for a request; with per_head those of its longest head."""
+        return max(self._known(request).lengths)
 
     def tokens_seen(self, request: Hashable) -> int:
         """Tokens that were appended to a request, evicted ones among them: the next token's position."""
@@ -115,62 +126,95 @@ class PagedPool:
         state = self._known(request)
         for name, value, cache in (("keys", keys, self.key_cache), ("values", values, self.value_cache)):
             validate.tensor(name, value, 4, (cache.dtype,), cache)
-            layers, _, _, heads, width = cache.shape
-            if (value.shape[0], value.shape[1], value.shape[3]) != (layers, heads, width):
-                raise ValueError(f"{name} has shape {tuple(value.shape)}: expected ({layers}, {heads}, T, {width})")
+            expected = (self._layers, self._kv_heads, "T", cache.shape[-1])
+            if any(size != e for size, e in zip(value.shape, expected, strict=True) if e != "T"):
+                raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {expected}")
         new = keys.shape[2]
         if values.shape[2] != new:
             raise ValueError(f"values has {values.shape[2]} tokens: expected {new}, as keys have")
-        missing = -(-(state.length + new) // self.block_size) - len(state.blocks)
+        rows = list(zip(state.blocks, state.lengths, strict=True))
+        missing = [-(-(length + new) // self.block_size) - len(blocks) for blocks, length in rows]
         was_idle, state.idle = state.idle, False  # it is not to make room for itself
         try:
-            self.require(missing)
+            self.require(sum(missing))
         except PoolExhausted:
             state.idle = was_idle
             raise
         self._used(request)
-        state.blocks += [self._free.pop() for _ in range(missing)]
-        slots = torch.arange(state.length, state.length + new, device=keys.device)
-        blocks = torch.tensor(state.blocks, device=keys.device)[slots // self.block_size]
+        for own, count in zip(state.blocks, missing, strict=True):
+            own += [self._free.pop() for _ in range(count)]
+        table, lengths = self._tables(state.blocks), torch.tensor(state.lengths, device=keys.device)
+        slots = lengths[:, None] + torch.arange(new, device=keys.device)
+        blocks, slots = table.gather(1, slots // self.block_size), slots % self.block_size
         for value, cache in ((keys, self.key_cache), (values, self.value_cache)):
-            _as_bytes(cache)[:, blocks, slots % self.block_size] = _as_bytes(value).transpose(1, 2)
-        state.length += new
+            value, cache = _as_bytes(value), _as_bytes(cache)
+            if self.per_head:
+                cache[blocks, slots, 0] = value.flatten(0, 1)
+            else:
+                cache[:, blocks[0], slots[0]] = value.transpose(1, 2)
+        state.lengths = [length + new for length in state.lengths]
         state.seen += new
 
-    def block_table(self, requests: list[Hashable]) -> tuple[Tensor, Tensor]:
-        """(block_tables [B, most] int32, lengths [B] int32) of these requests, for the paged ops.
+    def _tables(self, blocks: list[list[int]]) -> Tensor:
+        """[rows, most] int64, 0 behind a row's blocks."""
+        most = max(map(len, blocks))
+        return torch.tensor([row + [0] * (most - len(row)) for row in blocks], device=self.key_cache.device)
+
+    def block_table(self, requests: list[Hashable], layer: int | None = None) -> tuple[Tensor, Tensor]:
+        """(block_tables [B, most] int32, lengths [B] int32) of these requests, for the paged ops; with per_head those
+        of a layer, [B, kv_heads, most] and [B, kv_heads].
 
         Raises:
-            ValueError: no requests, an unknown one, or one without tokens.
+            ValueError: no requests, an unknown one, or one without tokens; no such layer.
         """
         if not requests:
             raise ValueError(f"requests is {requests!r}: expected at least one")
         states = [self._known(request) for request in requests]
         for request, state in zip(requests, states, strict=True):
-            if not state.length:
+            if not any(state.lengths):
                 raise ValueError(f"request {request!r} has no tokens: expected at least one")
-        most = max(len(state.blocks) for state in states)
-        table = [state.blocks + [0] * (most - len(state.blocks)) for state in states]
-        device = self.key_cache.device
-        lengths = torch.tensor([state.length for state in states], dtype=torch.int32, device=device)
-        return torch.tensor(table, dtype=torch.int32, device=device), lengths
+        rows = self._rows(layer)
+        shape = [len(requests), self._kv_heads] if self.per_head else [len(requests)]
+        table = self._tables([blocks for state in states for blocks in state.blocks[rows]]).int()
+        lengths = [length for state in states for length in state.lengths[rows]]
+        return table.view(*shape, -1), torch.tensor(lengths, dtype=torch.int32, device=table.device).view(shape)
+
+    def _rows(self, layer: int | None) -> slice:
+        """A layer's rows of a request."""
+        if not self.per_head:
+            return slice(0, 1)
+        validate.integer("layer", layer, 0, self._layers - 1)
+        assert layer is not None
+        return slice(layer * self._kv_heads, (layer + 1) * self._kv_heads)
+
+    def _caches(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values that a layer's block table is of."""
+        if self.per_head:
+            return self.key_cache, self.value_cache
+        return self.key_cache[layer], self.value_cache[layer]
 
     def gather(self, request: Hashable, layer: int) -> tuple[Tensor, Tensor]:
-        """A request's keys and values of a layer as dense copies [1, kv_heads, length, head_dim]."""
-        table, lengths = self.block_table([request])
+        """A request's keys and values of a layer as dense copies [1, kv_heads, length, head_dim]; with per_head of its
+        longest head's length, zeros behind the others."""
+        table, lengths = self.block_table([request], layer)
+        tokens = torch.arange(int(lengths.max()), device=table.device)
+        blocks = table[..., tokens // self.block_size].long()
         found = []
-        for cache in (self.key_cache, self.value_cache):
-            rows = _as_bytes(cache[layer])[table[0].long()].flatten(0, 1)[: int(lengths[0])]
-            found.append(rows.transpose(0, 1)[None].view(cache.dtype))
+        for cache in self._caches(layer):
+            rows = _as_bytes(cache)[blocks, tokens % self.block_size]
+            if self.per_head:  # [1, kv_heads, length, 1, head_dim]
+                rows = rows.squeeze(3).masked_fill((tokens >= lengths[..., None])[..., None], 0)
+            else:  # [1, length, kv_heads, head_dim]
+                rows = rows.transpose(1, 2)
+            found.append(rows.view(cache.dtype))
         return found[0], found[1]
 
     def attend(self, requests: list[Hashable], layer: int, queries: Tensor, *, scale: float | None = None) -> Tensor:
         """One query per request and head over all of its tokens: [B, Hq, 1, D] -> [B, Hq, 1, Dv]."""
-        table, lengths = self.block_table(requests)
+        table, lengths = self.block_table(requests, layer)
         for request in requests:
             self._used(request)
-        keys, values = self.key_cache[layer], self.value_cache[layer]
-        output = paged_decode_attention(queries, keys, values, table, lengths, scale=scale)
+        output = paged_decode_attention(queries, *self._caches(layer), table, lengths, scale=scale)
         assert isinstance(output, Tensor)
         return output
 
@@ -178,7 +222,7 @@ class PagedPool:
         self,
         request: Hashable,
         policy: Policy | Callable[[Tensor], Tensor],
-        keep: int | float,
+        keep: int | float | Tensor,
         *,
         queries: Tensor | None = None,
     ) -> int:
@@ -186,37 +230,63 @@ class PagedPool:
 
         Args:
             policy: a kvevict.policies.Policy; or a function of the keys [1, kv_heads, length, head_dim] that gives
-                scores of the same shape without the last dimension: higher means keep.
-            keep: tokens (int) or share (float).
+                scores of the same shape without the last dimension: higher means keep. With per_head also a policy with
+                heads="adaptive".
+            keep: tokens (int) or share (float), of each head's own where they are unequal; with per_head also int32 or
+                int64 counts [layers, kv_heads].
             queries: [layers, 1, Hq, W, head_dim], the last W of the request, for policies that read them.
 
         Raises:
             ValueError, TypeError: as in `kvevict.policies.Policy.select`; nothing has changed.
         """
         state = self._known(request)
-        table, lengths = self.block_table([request])
-        n = validate.kept_tokens(min(keep, state.length) if isinstance(keep, int) else keep, state.length, 0, 0)
+        layers = range(self._layers)
+        tables = [self.block_table([request], layer) for layer in layers]
         chooser = policy if isinstance(policy, Policy) else _Scored(score=policy)
+        self._check_unequal(chooser, keep)
         chosen = []
-        for layer in range(self.key_cache.shape[0]):  # all layers are chosen before one is written
+        for layer in layers:  # all layers are chosen before one is written
             keys, values = self.gather(request, layer)
-            seen = Observed(keys=keys, values=values, queries=None if queries is None else queries[layer], layer=layer)
-            chosen.append(chooser.select(seen, n))
-        for layer, indices in enumerate(chosen):
-            keys, values = self.key_cache[layer], self.value_cache[layer]
-            paged_compact(keys, values, table, lengths, indices.contiguous())
-        self._tokens_evicted += state.length - n
-        state.length = n
-        left = -(-n // self.block_size)
-        freed = state.blocks[left:]
+            own = keep[layer, None] if isinstance(keep, Tensor) else keep
+            if isinstance(own, int):
+                own = min(own, keys.shape[2])
+            lengths = tables[layer][1] if len(set(state.lengths[self._rows(layer)])) > 1 else None
+            seen = Observed(
+                keys=keys,
+                values=values,
+                queries=None if queries is None else queries[layer],
+                layer=layer,
+                lengths=lengths,
+            )
+            chosen.append(chooser.select(seen, own).contiguous())
+        left = [paged_compact(*self._caches(layer), *tables[layer], chosen[layer]).lengths for layer in layers]
+        before, rows = sum(state.lengths), len(state.lengths)
+        state.lengths = torch.cat(left).flatten().tolist()[:rows]
+        self._tokens_evicted += before - sum(state.lengths)
+        freed = []
+        for blocks, length in zip(state.blocks, state.lengths, strict=True):
+            used = -(-length // self.block_size)
+            freed += blocks[used:]
+            del blocks[used:]
         self._free += reversed(freed)
-        state.blocks = state.blocks[:left]
         return len(freed)
+
+    def _check_unequal(self, policy: Policy, keep: int | float | Tensor) -> None:
+        """Heads that keep unequal numbers of tokens need blocks of their own."""
+        if not self.per_head and policy.heads == "adaptive":
+            raise ValueError("policy has heads='adaptive': expected 'each' or 'shared', or a pool with per_head=True")
+        if not isinstance(keep, Tensor):
+            return
+        if not self.per_head:
+            raise ValueError("keep is a tensor: expected an int or a float, or a pool with per_head=True")
+        validate.tensor("keep", keep, 2, (torch.int32, torch.int64), self.key_cache)
+        if keep.shape != (self._layers, self._kv_heads):
+            raise ValueError(f"keep has shape {tuple(keep.shape)}: expected ({self._layers}, {self._kv_heads})")
 
     def free(self, request: Hashable) -> None:
         """Forget a request and give its blocks back."""
-        state = self._known(request)
-        self._free += reversed(state.blocks)
+        for blocks in self._known(request).blocks:
+            self._free += reversed(blocks)
         del self._requests[request]
 
     def idle(self, request: Hashable) -> None:
@@ -237,7 +307,7 @@ class PagedPool:
         for _, name in idle:
             if free >= blocks:
                 break
-            free += len(self._requests[name].blocks)
+            free += sum(map(len, self._requests[name].blocks))
             gone.append(name)
         if free < blocks:
             raise PoolExhausted(
@@ -256,7 +326,7 @@ class PagedPool:
             free_blocks=len(self._free),
             requests=len(self._requests),
             idle_requests=sum(state.idle for state in states),
-            tokens=sum(state.length for state in states),
+            tokens=sum(sum(state.lengths) for state in states),
             tokens_seen=sum(state.seen for state in states),
             tokens_evicted=self._tokens_evicted,
             requests_evicted=self._requests_evicted,

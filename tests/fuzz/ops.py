@@ -25,6 +25,7 @@ PAGED = (
     pages.paged_decode_attention,
     pages.paged_compact,
     pages.paged_keydiff_compact,
+    pages.compact_to_pages,
 )
 OPS = {case.__name__: (case, getattr(kvevict, case.__name__)) for case in DENSE}
 OPS |= {case.__name__: (case, getattr(paged, case.__name__)) for case in PAGED}

@@ -186,3 +186,41 @@ def paged_keydiff_compact(draw: Draw) -> Case:
         check_paged(result, cache, [cache.keys, cache.values, *scales.values()], chosen, to, ordered)
 
     return Case(arguments, check, before, sizes=dict(S=cache.S, paged=cache))
+
+
+def compact_to_pages(draw: Draw) -> Case:
+    B, H, S, D = draw.shape()
+    keys, values = draw.cache(B, H, S, D, ROWS, any_bytes=True, expand=draw.chance(0.3))
+    indices = draw.indices([[S] * H] * B, draw.random.randint(1, S), equal=False)
+    kept = [[[i for i in row if i >= 0] for row in heads] for heads in indices.lists()]
+    size, m = draw.choice((1, 2, 3, 5, 8, 16, 17)), indices.shape[2]
+    columns = -(-m // size) + draw.choice((0, 1))
+    needed = [[-(-len(tokens) // size) for tokens in own] for own in kept]
+    taken = sum(map(sum, needed))
+    blocks = max(taken, 1) + draw.random.randint(0, 3)
+    order = draw.random.sample(range(blocks), blocks)
+    free = [*order[:taken], *draw.choice((order[taken:], [-1, blocks, -1]))] or [0]
+    caches = [draw.memory.tensor((blocks, size, 1, x.shape[3]), keys.dtype) for x in (keys, values)]
+
+    def check(result, _) -> None:
+        tables, next_free = [], 0
+        for b in range(B):
+            for h, tokens in enumerate(kept[b]):
+                own = order[next_free : next_free + needed[b][h]]
+                next_free += needed[b][h]
+                tables.append(own + [-1] * (columns - len(own)))
+                for slot, token in enumerate(tokens):
+                    for rows, cache in zip((keys, values), caches, strict=True):
+                        cache.expect((own[slot // size], slot % size, 0), rows.row((b, h, token)))
+        tables = [tables[b * H : (b + 1) * H] for b in range(B)]
+        same(shaped(result.block_tables, (B, H, columns), torch.int32), tables, "block_tables")
+        counts = [[len(tokens) for tokens in own] for own in kept]
+        same(shaped(result.lengths, (B, H), torch.int32), counts, "lengths")
+        same(shaped(result.taken, (1,), torch.int32), [taken], "taken")
+
+    arguments = dict(
+        keys=keys, values=values, indices=indices, key_cache=caches[0], value_cache=caches[1],
+        free=draw.memory.holding(free, (len(free),), torch.int32, rows=False),
+        columns=draw.choice((None, columns)) if columns == -(-m // size) else columns,
+    )  # fmt: skip
+    return Case(arguments, check, sizes=dict(S=S, blocks=blocks, taken=taken))

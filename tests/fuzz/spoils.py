@@ -21,6 +21,7 @@ WRITTEN = {
     "decode_attention": ("mass", "last_used"),
     "paged_compact": ("key_cache", "value_cache", "key_scales", "value_scales"),
     "paged_keydiff_compact": ("key_cache", "value_cache", "key_scales", "value_scales"),
+    "compact_to_pages": ("key_cache", "value_cache"),
 }
 
 
@@ -52,6 +53,8 @@ def _ways(draw: Draw, op: str, name: str, value, case: Case) -> Iterator[object]
         yield from (0, 2, -1, 3.0, True, "3")
     elif name == "count":
         yield from (0, -1, 1.0, True, case.sizes["S"] + 1)
+    elif name == "columns":
+        yield from (0, -1, 1.5, True, "2")
     elif name == "step":
         yield from (-1, 2**31, 1.0, None, True)
     elif name == "keep":
@@ -74,6 +77,8 @@ def _ways(draw: Draw, op: str, name: str, value, case: Case) -> Iterator[object]
                     yield draw.integers(_with(draw, value.lists(), wrong))
         elif name == "indices":
             yield from _indices(draw, value, case)
+        elif name == "free":
+            yield from _free(draw, value, case)
         elif name == "block_tables":
             yield from _tables(draw, op, value, case)
 
@@ -139,6 +144,25 @@ def _indices(draw: Draw, value: Buffer, case: Case) -> Iterator[object]:
         yield replaced([-1, *row[1:]])
         if cache and H > 1 and not cache.per_head:  # fewer in one head than in the others
             yield replaced([*row[: count - 1], *[-1] * (n - count + 1)])
+
+
+def _free(draw: Draw, value: Buffer, case: Case) -> Iterator[object]:
+    taken, blocks, free = case.sizes["taken"], case.sizes["blocks"], value.lists()
+
+    def holding(numbers: list[int]) -> Buffer:
+        return draw.memory.holding(numbers, (len(numbers),), torch.int32, rows=False)
+
+    if taken:
+        place = draw.random.randrange(taken)
+        yield holding(_replaced(free, place, -1))
+        yield holding(_replaced(free, place, blocks))
+    if taken > 1:
+        yield holding(free[: taken - 1])
+        yield holding(_replaced(free, taken - 1, free[0]))
+
+
+def _replaced(numbers: list[int], place: int, number: int) -> list[int]:
+    return [*numbers[:place], number, *numbers[place + 1 :]]
 
 
 def _tables(draw: Draw, op: str, value: Buffer, case: Case) -> Iterator[object]:

@@ -26,9 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kvevict
 from fuzz import oracle
 from kvevict.hf import EvictingCache
-from kvevict.policies import TOVA, AttentionMass, KeyNorm
+from kvevict.policies import TOVA, AttentionMass, Fixed, KeyNorm
 
 LAYERS, HEADS = 2, 2
+SHARES = torch.tensor([[1.0, 3.0], [5.0, 0.5]])  # of the heads, where they are unequal
 MOST = 40  # tokens of a request, so that a step stays short
 
 
@@ -62,14 +63,21 @@ class CacheMachine(RuleBasedStateMachine):
         heads=st.sampled_from(["each", "shared"]),
         limit=st.one_of(st.fixed_dictionaries(dict(keep=st.sampled_from([0.5, 0.3, 1.0, 4]))),
                         st.fixed_dictionaries(dict(budget=st.integers(4, 9), interval=st.integers(1, 4)))),
+        unequal=st.booleans(),
         static=st.booleans(),
         padding=st.lists(st.integers(0, 5), min_size=1, max_size=3),
         length=st.integers(6, 14),
     )  # fmt: skip
-    def start(self, policy, sink, recent, heads, limit, static, padding, length):
-        self.static = static and "budget" in limit and policy is KeyNorm
+    def start(self, policy, sink, recent, heads, limit, unequal, static, padding, length):
+        self.unequal = unequal and not ("budget" in limit and policy is AttentionMass)
+        if self.unequal:
+            heads, share = "each", "keep" if "keep" in limit else "budget"
+            limit = limit | {share: Fixed(SHARES, limit[share])}
+        elif policy is TOVA:
+            heads = "shared"
+        self.static = static and "budget" in limit and policy is KeyNorm and not self.unequal
         padding = [0] * len(padding) if self.static else [p - min(padding) for p in padding]
-        self.policy = policy(sink=sink, recent=recent, heads="shared" if policy is TOVA else heads)
+        self.policy = policy(sink=sink, recent=recent, heads=heads)
         self.limit = limit
         self.make()
         self.mask = [[0] * p + [1] * (length - p) for p in padding]
@@ -106,19 +114,19 @@ class CacheMachine(RuleBasedStateMachine):
         self.held = [[[[] for _ in range(HEADS)] for _ in self.mask] for _ in range(LAYERS)]
         self.since = [0] * LAYERS  # tokens since the last that were given up, in each layer
         self.cuts = [0] * LAYERS  # evictions of the prompt
+        self.paged = [False] * LAYERS  # what heads of unequal length have kept lies in pages
 
     def evicted(self, eviction) -> None:
         """The model follows an eviction, if it was a right one."""
         layer, given_up = eviction.layer, False
-        keep = self.asked or self.limit.get("keep") or self.limit["budget"]
         for b, heads in enumerate(self.held[layer]):
-            length = len(heads[0])
-            count = oracle.kept_count(keep, length)
-            protected = oracle.protected(length, count, *self.policy.protected)
             norms = [[token.norm for token in held] for held in heads]
             if self.policy.heads == "shared":
                 norms = [[sum(column) / HEADS for column in zip(*norms, strict=True)]] * HEADS
             for h, held in enumerate(heads):
+                length = len(held)
+                count = self.count(layer, h, length)
+                protected = oracle.protected(length, count, *self.policy.protected)
                 chosen = [i for i in eviction.indices[b, h].tolist() if i >= 0]
                 assert chosen == sorted(set(chosen)) and len(chosen) == count, (chosen, count, length)
                 assert protected <= set(chosen), (protected, chosen)
@@ -128,9 +136,20 @@ class CacheMachine(RuleBasedStateMachine):
                     assert not gone or not stayed or max(stayed) <= min(gone) + 1e-5
                 given_up |= len(chosen) < length
                 heads[h] = [held[i] for i in chosen]
-        if given_up:
+        self.paged[layer] |= self.unequal and self.asked is None
+        if given_up or self.paged[layer]:
             self.since[layer] = 0
         self.cuts[layer] += 1
+
+    def count(self, layer: int, head: int, length: int) -> int:
+        """What a head keeps of its tokens."""
+        keep = self.asked or self.limit.get("keep") or self.limit["budget"]
+        if not isinstance(keep, Fixed):
+            return oracle.kept_count(keep, length)
+        tokens = length if "keep" in self.limit else 10**6  # a budget is the same for any number of them
+        if isinstance(keep.keep, int) and keep.keep > tokens:
+            return length
+        return min(keep.per_head(LAYERS, HEADS, tokens, sum(self.policy.protected))[layer][head], length)
 
     @precondition(lambda self: len(self.mask[0]) < MOST)
     @rule(new=st.sampled_from([1, 1, 1, 2, 5]))
@@ -175,7 +194,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.asked = None
         shortest = min(len(heads[0]) for layer in self.held for heads in layer)
         count = min(count, shortest - 1)  # a forward needs a token
-        if count == 0:
+        if count <= 0:
             return
         if self.refused(lambda: self.cache.crop(-count)):
             assert count > min(self.since), "refused, though nothing was given up since"
@@ -251,16 +270,22 @@ class CacheMachine(RuleBasedStateMachine):
         for layer, report, held in zip(self.cache.layers, self.cache.report(), self.held, strict=True):
             longest = max(len(head) for heads in held for head in heads)
             assert (report.seen, int(layer.get_seq_length())) == (seen, seen)
-            assert report.kept >= longest  # more where the longest requests were left out by a selection
+            assert (report.fewest, report.most) == (min(len(x) for y in held for x in y), longest)
+            keys, values, lengths = layer.whole()
+            assert (lengths is not None and lengths.ndim == 2) == self.paged[layer.index]
             for b, heads in enumerate(held):
                 for h, tokens in enumerate(heads):
-                    assert rows(layer.keys[b, h, : len(tokens)]) == [token.key for token in tokens]
-                    assert rows(layer.values[b, h, : len(tokens)]) == [token.value for token in tokens]
-                lengths = layer.lengths
-                assert len(heads[0]) == (longest if lengths is None else int(lengths[b]))
-            if "budget" in self.limit:
-                assert longest <= self.limit["budget"] + self.limit["interval"]
-            else:
+                    assert rows(keys[b, h, : len(tokens)]) == [token.key for token in tokens]
+                    assert rows(values[b, h, : len(tokens)]) == [token.value for token in tokens]
+                    own = longest if lengths is None else lengths[b] if lengths.ndim == 1 else lengths[b, h]
+                    assert len(tokens) == int(own)
+                if "budget" in self.limit:
+                    budget = self.limit["budget"]
+                    of_heads = [budget] * HEADS
+                    if self.unequal:
+                        of_heads = budget.per_head(LAYERS, HEADS, 10**6, sum(self.policy.protected))[layer.index]
+                    assert sum(map(len, heads)) <= sum(of_heads) + HEADS * self.limit["interval"]
+            if "keep" in self.limit:
                 assert self.cuts[layer.index] >= 1
 
 

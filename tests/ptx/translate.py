@@ -37,7 +37,7 @@ _SIMPLE = {  # opcode: expression, type of the sources, of the result (None: the
     rf"add\.{_INT}|add(\.rn)?(\.ftz)?\.{_FLOAT}": ("({a} + {b})", None, None),
     rf"sub\.{_INT}|sub(\.rn)?(\.ftz)?\.{_FLOAT}": ("({a} - {b})", None, None),
     rf"mul\.lo\.{_INT}|mul(\.rn)?(\.ftz)?\.{_FLOAT}": ("({a} * {b})", None, None),
-    r"mul\.hi\.[su]32": ("multiply_high({a}, {b})", None, None),
+    r"mul\.hi\.[su](32|64)": ("multiply_high({a}, {b})", None, None),
     rf"mad\.lo\.{_INT}": ("({a} * {b} + {c})", None, None),
     r"fma\.rn(\.ftz)?\.(f16|f32)": ("fused({a}, {b}, {c})", None, None),
     rf"div\.{_INT}": ("divide({a}, {b})", None, None),
@@ -270,7 +270,7 @@ class Translator:
         to, kind = self.parts[-2:]
         return self.assign(self.operands[0], f"{self.source(self.operands[1])}.astype({TYPES[to].__name__})", to)
 
-    @rule(r"cvt\.(rni|rzi|rmi|rpi)(\.ftz)?\.([su](8|16|32|64)|f32)\.f32")
+    @rule(r"cvt\.(rni|rzi|rmi|rpi)(\.ftz)?\.([su](8|16|32|64)|f32)\.f32|cvt\.(rni|rzi|rmi|rpi)\.[su](8|16|32|64)\.f64")
     def round(self):
         function = {"rni": "np.rint", "rzi": "np.trunc", "rmi": "np.floor", "rpi": "np.ceil"}[self.parts[1]]
         to, value = self.parts[-2], f"{function}({self.source(self.operands[1])})"
