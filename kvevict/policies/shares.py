@@ -32,7 +32,7 @@ class Shares:
 
     keeps: tuple[float, ...]
     table: Tensor = field(repr=False)
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for keep in self.keeps:
