@@ -2,6 +2,7 @@
 attention, written here by hand, hides from each head what that head has given up."""
 
 import copy
+import weakref
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -302,7 +303,9 @@ def test_evicting_at_will_is_what_keep_does(kind):
     pair.check_holdings()
     pair.forward(prompt(4, seed=1))
     assert sum(map(sum, pair.counts())) == 3 * 2 * (54 + 4)
+    before = [weakref.ref(layer.pages.keys) for layer in pair.cache.layers]
     pair.cache.evict(shares_of(kind, model, 0.5)[1])
+    assert [pages() for pages in before] == [None] * 3  # their memory is free
     assert sum(map(sum, pair.counts())) <= 3 * 2 * 29 + 6  # a head's half is rounded
     assert sum(map(sum, pair.counts())) >= 3 * 2 * 29 - 20  # and shares may be more than a head has left
     pair.decode(3)
@@ -501,10 +504,30 @@ def test_gradients_end_at_the_prompt(ours):  # noqa: F811
         ours.zero_grad()
         with pytest.raises(ValueError, match=r"gradients are wanted.*torch\.no_grad"):
             ours(prompt(3), past_key_values=cache)
+    ours.model.layers[0].self_attn.attention_dropout = 0.5
+    with torch.no_grad(), pytest.raises(ValueError, match=r"dropout is wanted.*model\.eval"):
+        ours.train()(prompt(3), past_key_values=cache)
+    ours.eval().model.layers[0].self_attn.attention_dropout = 0.0
     assert cache.get_seq_length() == 40  # as it was
     with torch.no_grad():
         ours(prompt(3), past_key_values=cache)
     assert cache.get_seq_length() == 43
+
+
+@torch.no_grad()
+def test_layers_are_cut_one_by_one(ours):  # noqa: F811
+    """When a layer is cut, those before it hold pages, and those behind it nothing yet; but for a choice over all."""
+    for kind in KINDS[:-1]:
+        policy, keep = shares_of(kind, ours, 0.5)
+        seen = []
+
+        def note(eviction, seen=seen):
+            layers = cache.layers  # noqa: B023
+            seen.append([(x.pages is not None, x.tokens_seen) for x in layers])
+
+        cache = EvictingCache(ours, policy, keep=keep, on_evict=note)
+        ours(prompt(80), past_key_values=cache)
+        assert seen == [[(True, 80)] * n + [(False, 0)] * (3 - n) for n in (1, 2, 3)]
 
 
 @torch.no_grad()

@@ -54,17 +54,18 @@ def choose_together(layers: Sequence[EvictingLayer], policy: Policy, keep: int |
         ValueError: as `choose`.
     """
     given = [scored(layer, policy) for layer in layers]
-    scores, lengths = [of_layer for of_layer, _ in given], given[0][1]
+    device = given[0][0].device  # layers may lie on several
+    scores, lengths = [of_layer.to(device) for of_layer, _ in given], given[0][1]
     S = max(of_layer.shape[2] for of_layer in scores)
     if any(layer.pages is not None for layer in layers):  # layers and heads are of unequal length
-        lengths = torch.cat([layer.tokens_of_heads() for layer in layers], 1)
+        lengths = torch.cat([layer.tokens_of_heads().to(device) for layer in layers], 1)
         scores = [
             torch.nn.functional.pad(of_layer, (0, S - of_layer.shape[2]), value=float("-inf")) for of_layer in scores
         ]
     keep = min(keep, S) if isinstance(keep, int) else keep
     sink, recent = policy.protected
     chosen = model_wide(scores, keep, sink=sink, recent=recent, lengths=lengths)
-    return [_of_heads(layer, indices) for layer, indices in zip(layers, chosen, strict=True)]
+    return [_of_heads(layer, indices.to(layer.keys.device)) for layer, indices in zip(layers, chosen, strict=True)]
 
 
 def _of_heads(layer: EvictingLayer, indices: Tensor) -> Choice:

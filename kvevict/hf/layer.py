@@ -49,7 +49,7 @@ class Step(NamedTuple):
     first: bool  # there was nothing before them
     before: Tensor | None  # [B]: tokens that each request had, None where all had the same number
     is_token: Tensor | None  # [B, new] bool: which of them hold a token, None for all
-    pages: Pages | None  # what lies before the slots
+    paged: bool  # tokens before the slots lie in pages
 
 
 class EvictingLayer(DynamicLayer):
@@ -98,7 +98,7 @@ class EvictingLayer(DynamicLayer):
         self._entering: Tensor | None = None  # [B, T, M]: the hidden states that enter the layer's attention now
         self._unread = False  # update has returned keys that attention may still read,
         self._shape = (0, 0)  # for so many requests, of so many slots
-        self._step = Step(0, True, None, None, None)
+        self._step = Step(0, True, None, None, False)
 
     # What transformers asks of a layer.
 
@@ -306,29 +306,35 @@ class EvictingLayer(DynamicLayer):
         Raises:
             ValueError: the mask hides more than padding on the left, see `kvevict.hf.masks.read`; the policy reads what
                 this attention does not show; heads hold unequal numbers of tokens, and the keys and values are others
-                than the cached ones, or gradients are wanted.
+                than the cached ones, or gradients or dropout are wanted.
         """
         if not self._unread:  # the same step's attention once more, over other values or for another layer
-            self._check_unequal(module, self._step.pages is None, False)
+            self._check_unequal(module, as_cached=not self._step.paged)
             mask = self._mask(self._step, attention_mask, query, key)
             return sdpa(module, query, key, value, mask, scaling=scaling, **options)
         new = query.shape[2]
         try:
             self._check_seen(module, key is self.keys, options.get("s_aux") is not None)
+            self._check_unequal(module, as_cached=key is self.keys and value is self.values)
             wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-            self._check_unequal(module, key is self.keys and value is self.values, wants_grad)
+            if self.pages is not None and (wants_grad or options.get("dropout")):
+                what = "gradients are" if wants_grad else "dropout is"
+                raise ValueError(
+                    f"{what} wanted where heads keep unequal numbers of tokens: expected neither, as in "
+                    "model.eval() and torch.no_grad()"
+                )
             step = self._step = self._this_step(attention_mask, query)
         except ValueError:
             self._take_back(new)
             raise
         tracked = self.watching and self.notes.tracked
         tracker = self.notes.tracker
-        if step.pages is not None:
+        if self.pages is not None:
             if step.is_token is not None:
                 self._close_gaps(query, step.is_token)
             tail = self.keys.detach(), self.values.detach(), self.lengths
             sinks = options.get("s_aux")
-            output = pages.attention(step.pages, query.detach(), *tail, scale=scaling, sinks=sinks).transpose(1, 2)
+            output = pages.attention(self.pages, query.detach(), *tail, scale=scaling, sinks=sinks).transpose(1, 2)
         elif tracked and new == 1 and tracker is not None and step.is_token is None:
             tracker.reserve(key.shape[2])
             tracker.append(1)
@@ -343,7 +349,7 @@ class EvictingLayer(DynamicLayer):
             usual = query.shape[3] ** -0.5  # policies know no other scale
             scaled = query if scaling is None or scaling == usual else query * (scaling / usual)
             self.notes.note_queries(scaled, step.is_token)
-        if step.is_token is not None and step.pages is None:
+        if step.is_token is not None and not step.paged:
             query = self._close_gaps(query, step.is_token)
         if tracked and not (new == 1 and tracker is not None and step.is_token is None):
             count = new if step.is_token is None else step.is_token.sum(-1)
@@ -376,17 +382,12 @@ class EvictingLayer(DynamicLayer):
                 f"{type(module).__name__}: use a policy that reads keys or queries"
             )
 
-    def _check_unequal(self, module: Any, as_cached: bool, wants_grad: bool) -> None:
-        """Over pages it is the layer that computes attention, from its own keys and values."""
+    def _check_unequal(self, module: Any, as_cached: bool) -> None:
+        """Over pages it is the layer that computes attention, once, from its own keys and values."""
         if (self._of_heads or self.pages is not None) and not as_cached:
             raise ValueError(
                 f"{type(module).__name__} attends more than once over what it caches, or over what it makes of that, "
                 "which is not served where heads keep unequal numbers of tokens: use a budget over layers"
-            )
-        if self.pages is not None and wants_grad:
-            raise ValueError(
-                "gradients are wanted of attention where heads keep unequal numbers of tokens: expected a forward "
-                "inside torch.no_grad()"
             )
 
     def _this_step(self, attention_mask: Tensor | None, query: Tensor) -> Step:
@@ -400,7 +401,13 @@ class EvictingLayer(DynamicLayer):
                 "is cached is no longer where the mask expects it"
             )
         self.row = shown.row
-        return Step(new, first, before, None if shown.is_token is None else shown.is_token.expand(B, new), self.pages)
+        return Step(
+            new,
+            first,
+            before,
+            None if shown.is_token is None else shown.is_token.expand(B, new),
+            self.pages is not None,
+        )
 
     def _mask(self, step: Step, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
         """transformers' mask, made for another length or without our padding, put right for this layer's slots."""

@@ -92,7 +92,7 @@ def told(budget: Budget, layers: Sequence[EvictingLayer], heads: int, policy: Po
     tokens: int | list[int]
     most = 0
     if any(layer.pages is not None for layer in layers):
-        held = torch.stack([layer.tokens_of_heads() for layer in layers])
+        held = torch.stack([layer.tokens_of_heads().cpu() for layer in layers])
         tokens, most = (held.double().mean((0, 2)) + 0.5).long().tolist(), int(held.max())
     else:
         tokens = _most([layer.tokens() for layer in layers])
