@@ -4,8 +4,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .interpreter import speed_up
-
 
 @triton.jit
 def descending_key(score):
@@ -66,7 +64,9 @@ def to_float32(x, DECODE_E4M3: tl.constexpr):
 
 
 INTERPRETED = not isinstance(to_float32, triton.runtime.jit.JITFunction)
-if INTERPRETED:
+if INTERPRETED:  # only then: it is about the insides of Triton's interpreter
+    from .interpreter import speed_up
+
     speed_up()
 
 
