@@ -10,11 +10,11 @@ of what bounds it, over its waves.
     L2       bytes asked for by wide loads and stores
 
 A wave is as many programs as fit the device by registers, shared memory and warps; the last one may be smaller. A gap
-is added to every launch.
+is added to every launch. What KeyDiff's first pass leaves in L2 for the second is simulated (bench/l2.py).
 
 Where rows have unequal lengths, all programs are looked at, and latency is when the last of them ends. Not in it: bank
-conflicts, programs of other launches that do more than their mean, and what a pass over more than half of L2 leaves
-there for the next.
+conflicts, programs of other launches that do more than their mean, and what another pass over more than half of L2
+leaves there for the next.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import math
 import pathlib
 import re
 import sys
@@ -34,6 +35,7 @@ import torch
 import triton
 
 from bench import RESULTS, machine_code
+from bench.l2 import L2, share_missed
 from bench.report import COLORS
 from bench.trips import Executed, executed
 from kvevict import traffic
@@ -194,25 +196,39 @@ class LaunchCost:
 
 
 def memory_accesses(
-    run: Executed, device: Device, caches: list[torch.Tensor], warm: set[int]
-) -> tuple[float, set[int]]:
-    """Bytes of a launch that come from or go to HBM, and the lines of PTX of the loads that wait for it.
+    run: Executed, launch: machine_code.Launch, device: Device, caches: list[torch.Tensor], l2: L2, resident: int
+) -> tuple[float, float, set[int]]:
+    """Bytes of a launch that come from or go to HBM, bytes that wide loads and stores ask of L2, and the lines of PTX
+    of the loads that wait for HBM.
 
     What is small enough stays in L2: scores, indices and workspaces always, K and V (`caches`) if an earlier launch has
-    read them, whose addresses are in `warm`; stores to K and V leave L2 in the end. Read again is read from L2.
+    read them; stores to K and V leave L2 in the end. Read again is read from L2. `resident`: programs that run at once.
     """
     theirs = {cache.data_ptr() for cache in caches}
     asked: Counter = Counter()
+    from_l2: Counter = Counter()
     lines = set()
+    simulated: dict[int, float | None] = {}  # by address of K: one pass over it, however many loads read it
     for access in run.accesses:
         address, size = access.tensor.data_ptr(), access.tensor.numel() * access.tensor.element_size()
-        kept = address not in theirs or (address in warm and access.kind == "read")
-        if size > device.l2_bytes / 2 or not kept:
-            asked[address, size, access.kind] += access.bytes
+        share = None
+        if address in theirs and access.kind == "read":
+            if address not in simulated:
+                simulated[address] = share_missed(launch, l2, resident)
+            share = simulated[address]
+        if access.lane_bytes >= 8:  # narrow ones are mostly broadcasts
+            from_l2[address, access.kind, size if share is not None else math.inf] += access.bytes
+        kept = address not in theirs or (address in l2.seen and access.kind == "read")
+        if share is None:
+            share = float(size > device.l2_bytes / 2 or not kept)
+        if share:
+            asked[address, size * share, access.kind] += access.bytes
             if access.kind == "read":
                 lines.add(access.ptx_line)
-    warm.update(access.tensor.data_ptr() for access in run.accesses)
-    return sum(min(count, size) for (_, size, _), count in asked.items()), lines
+    l2.seen.update(access.tensor.data_ptr() for access in run.accesses)
+    # A pass whose order is known reads each byte once; what a pipeline loads beyond its last tile is masked.
+    wide = sum(min(count, most) for (_, _, most), count in from_l2.items())
+    return sum(min(count, size) for (_, size, _), count in asked.items()), wide, lines
 
 
 def launch_cost(
@@ -220,15 +236,15 @@ def launch_cost(
     device: Device,
     caches: list[torch.Tensor],
     known=(),
-    warm: set[int] | None = None,
+    l2: L2 | None = None,
     unequal: bool = False,
 ) -> LaunchCost:
-    """`caches`, `warm`: see memory_accesses; `known`: see trips.executed; `unequal`: look at every program."""
+    """`caches`, `l2`: see memory_accesses; `known`: see trips.executed; `unequal`: look at every program."""
     code = machine_code.sass(launch.compiled)
     run = executed(launch, code, known, range(launch.programs) if unequal else ())
-    hbm, from_memory = memory_accesses(run, device, caches, set() if warm is None else warm)
-    asked = sum(access.bytes for access in run.accesses if access.lane_bytes >= 8)  # narrow ones are mostly broadcasts
     fit = device.fit(launch.warps, machine_code.registers(launch.compiled), launch.compiled.metadata.shared)
+    l2 = L2(device.l2_bytes // 2) if l2 is None else l2
+    hbm, asked, from_memory = memory_accesses(run, launch, device, caches, l2, fit * device.multiprocessors)
     cycles, under_way = alone(run, device, from_memory)
     pipes = pipe_cycles(run)
 
@@ -439,13 +455,13 @@ def stages(make: Callable, shape: Shape, device: Device, launches: list) -> list
     """The stages of one op at one shape, and their sum. `launches` is the list that compile_only's callback fills."""
     op = make(shape, device)
     found: dict[str, list] = {}
-    warm: set[int] = set()
+    l2 = L2(device.l2_bytes // 2)
     for stage, call in op.calls.items():
         launches.clear()
         with _TorchLaunches() as torch_launches:
             call()
         for launch in launches:
-            cost = launch_cost(launch, device, op.caches, op.known, warm, op.unequal)
+            cost = launch_cost(launch, device, op.caches, op.known, l2, op.unequal)
             # KeyDiff's first pass is a stage of its own.
             found.setdefault("anchor" if "anchor" in launch.kernel else stage, []).append(cost)
         found.setdefault(stage, []).extend([None] * torch_launches.count)

@@ -1,5 +1,6 @@
 """Compaction: move the kept rows of K and V to the front of each head, in place or into new tensors.
 
+    from_end_kernel     [B, H, n] int64: the slots counted back from the end, and the tokens in them
     fill_holes_kernel   [B, H, n] int64: for the fewest moves, which token ends up in which slot
     move_rows_kernel    slot j of every head gets the row of token slots[j]
 
@@ -35,6 +36,22 @@ from .rows import Rows, load_rows, per_row, row_length, rows_at, rows_of
 
 _LENGTH_DEPENDENT = ["n", "H", "rows", "blocks", "chunk", "slots_stride_b", "slots_stride_h"]
 _AFTER_ALL = tl.constexpr(0x7FFFFFFFFFFFFFFF)
+
+
+@triton.jit(do_not_specialize=[*_LENGTH_DEPENDENT, "splits"])
+def from_end_kernel(
+    indices_ptr, lengths, slots_ptr, n, H, splits, slots_stride_b, slots_stride_h, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = (tl.program_id(0) // splits).to(tl.int64)
+    b, h = row // H, row % H
+    indices_ptr += b * slots_stride_b + h * slots_stride_h
+    kept = n
+    if tl.load(indices_ptr + n - 1) < 0:
+        kept = count_below(indices_ptr, n, _AFTER_ALL)
+    slots = tl.program_id(0) % splits * BLOCK + tl.arange(0, BLOCK)
+    tokens = tl.load(indices_ptr + kept - 1 - slots, mask=slots < kept, other=0)
+    last = row_length(lengths, b, h, 0).to(tl.int64) - 1
+    tl.store(slots_ptr + row * n + slots, tl.where(slots < kept, last - tokens, -1), mask=slots < n)
 
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
@@ -147,6 +164,15 @@ def _launch_move(keys, values, slots, new=(None, None), scales=(None, None), end
         BLOCK_D=config.block_dim, BLOCK_DV=config.block_value_dim, BLOCK_R=config.block_rows,
         num_warps=config.num_warps,
     )  # fmt: skip
+
+
+def slots_from_end(indices: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:
+    """Fill out [B, H, n] with indices [B, H, n] counted back from the end of each row of `lengths` tokens, the last
+    first, so that they ascend as well. Both int64, last dimension contiguous, -1 padding last."""
+    B, H, n = indices.shape
+    BLOCK = 512  # 4 indices a thread
+    splits = cdiv(n, BLOCK)
+    from_end_kernel[(B * H * splits,)](indices, per_row(lengths), out, n, H, splits, *indices.stride()[:2], BLOCK=BLOCK)
 
 
 def fill_holes(indices: torch.Tensor, out: torch.Tensor) -> None:

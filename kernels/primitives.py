@@ -64,6 +64,10 @@ def to_float32(x, DECODE_E4M3: tl.constexpr):
 
 
 INTERPRETED = not isinstance(to_float32, triton.runtime.jit.JITFunction)
+if INTERPRETED:  # only then: it is about the insides of Triton's interpreter
+    from .interpreter import speed_up
+
+    speed_up()
 
 
 def backend() -> str:

@@ -109,10 +109,25 @@ def _check_indices(indices, keys, table, lengths) -> None:
 
 def _from_end(indices, lengths):
     """Slots and the rows they name counted back from the request's end: the last token comes first."""
-    kept = (indices >= 0).sum(-1, keepdim=True)
-    lengths = lengths.long().view(*lengths.shape, *(1,) * (3 - lengths.ndim))
-    rank = kept - 1 - torch.arange(indices.shape[2], device=indices.device)
-    return torch.where(rank >= 0, lengths - 1 - indices.gather(2, rank.clamp(min=0)), -1)
+    slots = torch.empty(indices.shape, dtype=torch.int64, device=indices.device)
+    _run("slots_from_end", indices.device, indices, lengths, slots)
+    return slots
+
+
+@_custom_op("keep_counts(Tensor? lengths, SymInt S, Tensor? keep, SymInt share, SymInt most, Tensor(a!) kept) -> ()")
+def _keep_counts_op(lengths, S, keep, share, most, kept):
+    ok = torch.empty(1, dtype=torch.bool, device=kept.device)
+    _run("keep_counts", kept.device, lengths, S, keep, share, most, kept, ok)
+    if keep is not None:
+        validate.require(ok[0], "keep", keep, "counts of at least 1, or 0 for a head without a token")
+
+
+@_custom_op(
+    "left_blocks(Tensor table, Tensor lengths, Tensor kept, SymInt block_size, bool from_end, Tensor(a!) held, "
+    "Tensor(b!) freed) -> ()"
+)
+def _left_blocks_op(table, lengths, kept, block_size, from_end, held, freed):
+    _run("left_blocks", table.device, table, lengths, kept, block_size, from_end, held, freed)
 
 
 @_custom_op(
@@ -130,7 +145,6 @@ def _keydiff_scores_op(keys, anchor, unit, lengths, out, table=None):
 def _topk_indices_op(scores, keep_lengths, sink, recent, shared, lengths, trusted, out):
     if not trusted:
         _check_lengths(lengths, scores[..., None], None)
-    validate.counts_positive(keep_lengths, lengths)
     _run("topk_indices", scores.device, scores, keep_lengths, sink, recent, shared, lengths, out)
 
 
@@ -176,7 +190,6 @@ def _topk_move_op(
 ):  # fmt: skip
     """topk_indices, then move_rows in order: the selection clears the flags of the move, which saves it a launch."""
     _check_written(keys, values, table, lengths, key_scales, value_scales)
-    validate.counts_positive(keep_lengths, lengths)
     B, H, _ = scores.shape
     slots = indices.expand(B, H, -1)
     flags = torch.empty(pick(keys.device).move_flags(slots, keys, values), dtype=torch.int32, device=keys.device)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvevict import models
-from kvevict.backends import pick
+from kvevict.backends import backend, pick
 from kvevict.policies import NAMED, Learned, Policy
 
 if TYPE_CHECKING:  # the command line answers --help without transformers
@@ -79,6 +81,17 @@ def evicted(cache: EvictingCache, keep: float) -> tuple[EvictingCache, list[Tens
         torch.get_device_module(device).synchronize()
     seconds = time.perf_counter() - start
     return cache, [x.cpu() for x in indices], seconds
+
+
+def kept_by_kernels(cache: EvictingCache, keep: float) -> Tensor:
+    """What the first layer keeps of the cache, indices [1, H, n], when the kernels choose and move."""
+    cache = copy.deepcopy(cache)
+    indices: list[Tensor] = []
+    cache.on_evict = lambda eviction: indices.append(eviction.indices)
+    layers: list[Any] = cache.layers
+    with backend("triton"):
+        layers[0].apply(layers[0].choose(keep))
+    return indices[0]
 
 
 def ask(model, tokenizer, cache: EvictingCache, ids: Tensor) -> tuple[float, str]:
@@ -203,8 +216,13 @@ def run(
     policies = chosen_policies(policy_name, weights or weights_path(model_name))
     body = models.read_text(text)
     models.known_device(device)
+    where = pick(torch.device(device)).__name__.rpartition(".")[2]
+    # The interpreter takes a second or two for each cut of a layer: in the first one it does, beside the reference.
+    beside = device == "cpu" and where == "triton" and os.environ.get("KVEVICT_BACKEND", "auto") in ("", "auto")
+    same, compared = 0, 0
 
-    with Progress(console=console, transient=True) as progress:
+    chosen = backend("reference") if beside else contextlib.nullcontext()
+    with chosen, Progress(console=console, transient=True) as progress:
         loading = progress.add_task(f"loading {model_name}", total=None)
         model, tokenizer = models.load(model_name, device)
         progress.remove_task(loading)
@@ -221,13 +239,18 @@ def run(
                 )
             for share in keep:
                 shrunk, indices, seconds = evicted(cache, share)
+                if beside:
+                    heads = zip(kept_by_kernels(cache, share)[0], indices[0][0], strict=True)
+                    same += sum(int(torch.isin(*both).sum()) for both in heads)
+                    compared += indices[0].numel()
                 loss, answer = ask(model, tokenizer, shrunk, ids)
                 n = indices[0].shape[2]
                 rows.append(Row(name, share, n, held_bytes(shrunk), seconds, loss, answer, indices))
                 progress.advance(working, CHUNK)
 
-    where = pick(torch.device(device)).__name__.rpartition(".")[2]
-    if device == "cpu" and where == "triton":
+    if beside:
+        where = f"reference; the triton kernels, interpreted, keep {same} of its {compared} tokens in layer 0"
+    elif device == "cpu" and where == "triton":
         where = "triton kernels, interpreted on the CPU: the time says nothing about a GPU"
     table = Table(title=f"{model_name}, {tokens} tokens")
     for column in ("policy", "keep", "tokens", "before MiB", "after MiB", "evict ms", "loss", "answer"):

@@ -547,6 +547,14 @@ def _check_anchor(anchor: str | Tensor, cache: _Cache) -> None:
         validate.one_of("anchor", anchor, ("unit", "raw"))
 
 
+def _check_heads(heads: str, floor: float, lengths: Tensor | None) -> None:
+    validate.one_of("heads", heads, ("each", "shared", "adaptive"))
+    if not 0.0 <= validate.number("floor", floor) <= 1.0:
+        raise ValueError(f"floor is {floor}: expected a number from 0 to 1")
+    if heads == "shared" and lengths is not None and lengths.ndim == 2:
+        raise ValueError("heads is 'shared': expected lengths [B], because all heads then keep the same tokens")
+
+
 def _check_selection(
     shape: tuple[int, int, int],
     like: Tensor,
@@ -559,11 +567,7 @@ def _check_selection(
 ) -> tuple[int, Tensor | None]:
     """n, and what each row keeps where it is not n, of a selection from scores [B, H, S] on the device of `like`."""
     B, H, S = shape
-    validate.one_of("heads", heads, ("each", "shared", "adaptive"))
-    if not 0.0 <= validate.number("floor", floor) <= 1.0:
-        raise ValueError(f"floor is {floor}: expected a number from 0 to 1")
-    if heads == "shared" and lengths is not None and lengths.ndim == 2:
-        raise ValueError("heads is 'shared': expected lengths [B], because all heads then keep the same tokens")
+    _check_heads(heads, floor, lengths)
     if isinstance(keep, Tensor):
         validate.integer("sink", sink, 0)
         validate.integer("recent", recent, 0)
@@ -572,14 +576,32 @@ def _check_selection(
             raise ValueError(
                 f"keep has shape {tuple(keep.shape)} and heads is {heads!r}: expected ({B}, {H}) and heads='each'"
             )
-        return S, keep.long().clamp(max=S) if lengths is None else validate.kept_lengths(keep, lengths)
+        return S, _keep_counts(keep, shape, lengths, like)
     n = validate.kept_tokens(keep, S, sink, recent)
     if lengths is None or (heads == "adaptive" and not isinstance(keep, float)):
         return n, None  # adaptive: a head that is shorter than n leaves the rest to others
-    return n, validate.kept_lengths(keep, lengths)
+    return n, _keep_counts(keep, shape, lengths, like)
 
 
 # From here on inputs are valid, but for tensor values: `trusted` says that an earlier op has checked those.
+
+
+def _keep_counts(
+    keep: int | float | Tensor, shape: tuple[int, int, int], lengths: Tensor | None, like: Tensor
+) -> Tensor:
+    """int64 [B], or [B, H] where keep or lengths are: what each row keeps."""
+    B, H, S = shape
+    per_head = any(isinstance(counts, Tensor) and counts.ndim == 2 for counts in (keep, lengths))
+    kept = torch.empty((B, H) if per_head else (B,), dtype=torch.int64, device=like.device)
+    given, share, most = None, validate.WHOLE, S
+    if isinstance(keep, Tensor):
+        given = keep
+    elif isinstance(keep, float):
+        share = validate.share(keep)
+    else:
+        most = keep
+    torch.ops.kvevict.keep_counts(lengths, S, given, share, most, kept)
+    return kept
 
 
 def _scores(cache: _Cache, anchor: str | Tensor) -> Tensor:

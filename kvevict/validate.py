@@ -257,14 +257,6 @@ def rows_in_range(ok: Tensor, lengths: Tensor, S: int, table: Tensor | None, blo
     require(ok[0], "lengths or block_tables", lengths, f"lengths up to {S}, blocks from 0 to {blocks - 1}")
 
 
-def counts_positive(keep: Tensor | None, lengths: Tensor | None) -> None:
-    """A caller's counts, keep [B, H], are at least 1, or 0 for a head without a token."""
-    if keep is None or keep.ndim == 1:
-        return
-    least = 1 if lengths is None else (lengths if lengths.ndim == 2 else lengths[:, None]).clamp(max=1)
-    require((keep >= least).all(), "keep", keep, "counts of at least 1, or 0 for a head without a token")
-
-
 def blocks_apart(table: Tensor, lengths: Tensor, blocks: int, block_size: int) -> None:
     """No block that holds a token is in the table twice."""
     lengths = lengths.view(*lengths.shape, *(1,) * (table.ndim - lengths.ndim))

@@ -1,5 +1,8 @@
 """Inputs that the tests share."""
 
+import itertools
+
+import pytest
 import torch
 from conftest import DEVICE
 
@@ -10,9 +13,23 @@ def name(value) -> str:
     """Test ids like B2-H3-S517-D64-bfloat16."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
+    if isinstance(value, tuple) and isinstance(value[0], tuple):
+        return "-".join(map(name, value))
     if isinstance(value, tuple):
         return "-".join(f"{letter}{size}" for letter, size in zip("BHSDV", value, strict=False))
     return str(value)
+
+
+def crossed(*axes):
+    """Every combination; those that differ in more than one axis from the first values are for `make test-all`."""
+    return [
+        pytest.param(
+            *values,
+            id="-".join(map(name, values)),
+            marks=pytest.mark.slow if sum(v != axis[0] for v, axis in zip(values, axes, strict=True)) > 1 else (),
+        )
+        for values in itertools.product(*axes)
+    ]
 
 
 def cache(shape, dtype=torch.float32, layout="BHSD", seed=0):

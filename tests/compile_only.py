@@ -58,6 +58,8 @@ def launch_select(S):
         out = torch.empty(2, 1 if shared else 4, n, dtype=torch.int64)
         extra = lengths if ragged else None
         backend.topk_indices(torch.empty(2, 4, S), extra, 1, 1, shared, extra, out)
+    many = torch.empty(64, 4, min(S, 32768))  # rows for every multiprocessor
+    backend.topk_indices(many, None, 1, 1, False, None, torch.empty(64, 4, 1, dtype=torch.int64))
     backend.evict_slots(torch.empty(2, 4, S), 0, 0, None, torch.empty(2, 4, 1, dtype=torch.int64))
     backend.pool_scores(torch.empty(2, 4, S), 5, True, torch.empty(2, 4, S))
 
@@ -105,6 +107,8 @@ def launch_paged(S, D, dtype):
     columns = -(-S // 16)
     keys, values = (x.transpose(1, 2) for x in torch.empty(2, 2 * columns, 16, 4, D, dtype=dtype))
     table, lengths = torch.empty(2, columns, dtype=torch.int32), torch.full((2,), S, dtype=torch.int32)
+    for rows in (None, table):
+        backend.check_rows(lengths, S, rows, keys.shape[0], 16, torch.empty(1, dtype=torch.bool))
     out = torch.empty(2, 4, columns * 16)
     backend.keydiff_scores(keys, None, True, lengths, out, table)
     backend.key_norm_scores(keys, lengths, out, table)
@@ -113,7 +117,13 @@ def launch_paged(S, D, dtype):
     backend.attention_mass(queries, keys, lse, 0.1, True, "mean", True, lengths, out, table)
     result = torch.empty(2, 16, 1, D, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)
     backend.decode_attention(queries, keys, values, 0.1, lengths, None, 1.0, None, 0, 0.0, result, table)
+    kept, ok = torch.empty(2, dtype=torch.int64), torch.empty(1, dtype=torch.bool)
+    for keep in (None, kept):
+        backend.keep_counts(lengths, S, keep, 5 * 10**11, S, kept, ok)
+    for from_end in (False, True):
+        backend.left_blocks(table, lengths, kept, 16, from_end, lengths, table)
     slots = torch.empty(2, 4, max(S // 2, 1), dtype=torch.int64)
+    backend.slots_from_end(slots, lengths, slots)
     backend.move_rows(keys, values, slots, True, table)
     backend.move_rows(keys, values, slots, True, table, lengths)
 
@@ -136,7 +146,7 @@ ROWS = [
       for case in at(64, 80, 128, 256, dtype=dtype)),
     *at(72, 120), *at(128, offset=8), *at(128, dtype=torch.float8_e4m3fn, offset=16),
 ]  # fmt: skip
-ROWS_CROSS = [*at(128, 120), *at(128, offset=8), *at(80, dtype=torch.float8_e4m3fn)]
+ROWS_CROSS = [*at(128, 120), *at(80, dtype=torch.float8_e4m3fn)]
 TILES = [
     *at(64, 80, 128, 256, 576), *at(128, dtype=torch.float8_e4m3fn), *at(128, dtype=torch.float32), *at(72, 120),
     *at(128, offset=8),

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import HAS_GPU
+from launches import launches
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -131,9 +132,22 @@ def test_launches_of_paged_calls_with_their_checks():
         with kvevict.backend("triton"), counted() as traffic:
             paged_decode_attention(query, *cache, table, lengths)
         assert (traffic.launches, traffic.fills) == (expected, 0)
-    with kvevict.backend("triton"), counted() as traffic:
-        paged_keydiff_compact(*cache, table, lengths, keep=0.5)
-    assert (traffic.launches, traffic.fills) == (4, 0)  # the check that no block is shared, score, select, move
+
+
+@pytest.mark.parametrize("options, expected", [
+    (dict(keep=0.5), 5),  # count, score, select, move, free blocks
+    (dict(keep=torch.tensor([20, 10])), 5),
+    (dict(keep=0.5, to="tail"), 6),
+    (dict(keep=20, to="tail", preserve_order=False), 7),
+], ids=str)  # fmt: skip
+def test_launches_of_paged_keydiff_compact(options, expected):
+    """Torch's own as well. A new table costs 11 more: whether it is in range, and no block is shared."""
+    cache = torch.randn(2, 8, 16, 2, 16)
+    table, lengths = torch.arange(8, dtype=torch.int32).view(2, 4), torch.tensor([60, 33])
+    for more in (11, 0):
+        with kvevict.backend("triton"), launches() as names:
+            paged_keydiff_compact(*cache, table, lengths, **options)
+        assert len(names) == expected + more, names
 
 
 @pytest.mark.parametrize(

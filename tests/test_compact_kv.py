@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import as_bytes, assert_same, both, cache, copy_of, name
+from cases import as_bytes, assert_same, both, cache, copy_of, crossed, name
 from conftest import DEVICE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -27,9 +27,7 @@ def kept(B, H, S, n, seed=0):
 
 @pytest.mark.parametrize("preserve_order", [True, False], ids=["ordered", "fewest-moves"])
 @pytest.mark.parametrize("inplace", [True, False], ids=["in-place", "copy"])
-@pytest.mark.parametrize("layout", ["BHSD", "BSHD", "sliced"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pytest.mark.parametrize("shape, dtype, layout", crossed(SHAPES, DTYPES, ["BHSD", "BSHD", "sliced"]))
 def test_slot_j_holds_the_token_it_names(shape, dtype, layout, inplace, preserve_order):
     keys, values = cache(shape, dtype, layout)
     B, H, S = shape[:3]

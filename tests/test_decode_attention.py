@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import both, cache, name
+from cases import both, cache, crossed, name
 from conftest import DEVICE, HAS_GPU
 
 import kvevict
@@ -27,9 +27,7 @@ def dense(q, k, v):
     return (w @ v).view(B, HQ, 1, -1), w.mean(2)
 
 
-@pytest.mark.parametrize("G", [1, 4, 20])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pytest.mark.parametrize("shape, dtype, G", crossed(SHAPES, DTYPES, [4, 1, 20]))
 def test_equals_attention_written_out(shape, dtype, G):
     keys, values = cache(shape, dtype)
     q = query(shape, G, dtype)
@@ -156,9 +154,9 @@ def chunk(q, k, v, lengths):
     return out, lse, weights
 
 
-@pytest.mark.parametrize("lengths", [[[70, 70], [70, 70]], [[70, 70], [4, 4]], [[70, 0], [9, 33]]], ids=str)
-@pytest.mark.parametrize("W", [1, 2, 5, 64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("W, lengths, dtype", crossed(
+    [5, 1, 2, 64], [[[70, 0], [9, 33]], [[70, 70], [70, 70]], [[70, 70], [4, 4]]], [torch.float32, torch.bfloat16]
+))  # fmt: skip
 def test_a_chunk_of_queries_is_causal_among_itself(W, lengths, dtype):
     shape = (2, 2, 70, 16, 24)
     keys, values = cache(shape, dtype)
@@ -273,7 +271,7 @@ def test_bad_input_is_named_and_nothing_is_written(case):
     assert (arguments["mass"] == 0).all()
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_torch_compile_traces_it_whole(dynamic):
     def step(q, keys, values, mass, lengths):
         out = kvevict.decode_attention(q, keys, values, lengths=lengths, mass=mass, decay=0.9)

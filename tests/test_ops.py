@@ -267,6 +267,11 @@ def test_opcheck():
         (ops.move_rows.default, (keys, values, indices, torch.zeros_like(indices), False)),
         (ops.move_rows.default, (*pages, indices[:, :, :3], None, False, table, lengths, True)),
         (ops.keydiff_scores.default, (pages[0], None, True, lengths, torch.zeros(2, 2, 20, device=DEVICE), table)),
+        (ops.keep_counts.default, (lengths, 20, None, 10**11, 20, torch.zeros_like(lengths).long())),
+        (
+            ops.left_blocks.default,
+            (table, lengths, lengths // 2, 4, True, torch.zeros_like(lengths), torch.zeros_like(table)),
+        ),
         (ops.key_norm_scores.default, (keys, lengths, torch.zeros(2, 2, 20, device=DEVICE))),
         (ops.attention_lse.default, (queries, keys, 0.25, True, lengths, torch.zeros(2, 4, 5, device=DEVICE))),
         (
@@ -331,7 +336,7 @@ def test_opcheck():
     ]
     from kvevict.backends import reference
 
-    inside = {"check_rows", "fill_holes", "move_flags"}  # parts of other ops
+    inside = {"check_rows", "fill_holes", "move_flags", "slots_from_end"}  # parts of other ops
     assert {op.name().partition("::")[2].partition(".")[0] for op, _ in calls} == {
         *reference.__all__,
         "topk_move",  # two of them in one

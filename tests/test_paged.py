@@ -263,11 +263,13 @@ def test_bad_input_is_named_and_nothing_is_written():
     assert torch.equal(paged.memory, before)
 
 
-def test_compiles_whole():
+@pytest.mark.parametrize("counts", [False, True], ids=["share", "counts"])
+def test_compiles_whole(counts):
     paged = Paged(16)
 
     def call(keys, values, table, lengths):
-        return paged_keydiff_compact(keys, values, table, lengths, keep=0.5, sink=1, to="tail")
+        keep = lengths.clamp(max=9) if counts else 0.5
+        return paged_keydiff_compact(keys, values, table, lengths, keep=keep, sink=1, to="tail")
 
     with kvevict.backend("reference"):
         copies = paged.keys.clone(), paged.values.clone()

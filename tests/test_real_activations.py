@@ -106,11 +106,14 @@ def assert_best(kept, scores, recent, tolerance):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_kept_tokens_are_those_of_a_dense_computation(real, layer):
     keys, values, queries, hidden = real[layer]
-    # On the CPU the interpreted kernels take one layer, in bfloat16, whose tiles are larger; the reference the others.
+    # On the CPU the interpreted kernels take half of one layer; the reference the others.
     backend = "triton" if HAS_GPU or layer == LAYERS[1] else "reference"
+    tokens, steps = TOKENS, 64
     if backend == "triton":
-        keys, values, queries = (x.to(torch.bfloat16) for x in (keys, values, queries))
-    steps = 64 if HAS_GPU or backend == "reference" else 8  # decoded one by one, which the interpreter does slowly
+        keys, values, queries = (x.to(torch.bfloat16) for x in (keys, values, queries))  # whose tiles are larger
+        if not HAS_GPU:
+            tokens, steps = TOKENS // 2, 8  # decoded one by one
+            keys, values, queries, hidden = (x[..., :tokens, :] for x in (keys, values, queries, hidden))
     w = dense_weights(queries, keys)
     generator = torch.Generator().manual_seed(layer)
     weights = [torch.randn(*s, generator=generator).to(hidden) * 0.1 for s in ((288, 576), (288,), (1, 288), (1,))]
@@ -122,7 +125,7 @@ def test_kept_tokens_are_those_of_a_dense_computation(real, layer):
     used = torch.full(keys.shape[:3], -1, dtype=torch.int32, device=keys.device)
     with kvevict.backend(backend):
         seen = Observed(keys=keys, queries=queries, hidden=hidden, last_used=used).with_prompt_mass()
-        for step in range(TOKENS - steps, TOKENS):
+        for step in range(tokens - steps, tokens):
             n = step + 1
             kvevict.decode_attention(
                 queries[:, :, step:n], keys[:, :, :n], values[:, :, :n], last_used=used[:, :, :n], step=step
@@ -130,15 +133,16 @@ def test_kept_tokens_are_those_of_a_dense_computation(real, layer):
         indices = {name: policy.select(seen, 0.25) for name, policy in every.items()}
     for name, policy in every.items():
         scores = dense_scores(name, w, keys, hidden, weights, steps)
-        # Rounding may move a score by 1e-5 of it, and so a rank, which the hybrid adds up, by a few steps of 1/2047.
+        # Rounding may move a score by 1e-5 of it, and so a rank, which the hybrid adds up, by a few steps of 1/1023.
         tolerance = {"lru": 0, "hybrid": 2e-3, "recommended": 2e-3}.get(name, 1e-5)
         if name == "lru":  # whole steps: ties are common, and the rule decides
-            scores = scores - torch.arange(TOKENS, device=keys.device) * 1e-9
+            scores = scores - torch.arange(tokens, device=keys.device) * 1e-9
         for h in range(keys.shape[1]):
             swapped = assert_best(indices[name][0, h], scores[h], policy.protected[1], tolerance)
-            # Of 512 tokens; the tolerance must not do the work. What goes into the first layer depends on the word
-            # alone, so equal words have equal hidden states, and keys of equal norm.
-            assert swapped <= 2 or (layer == 0 and name in ("keynorm", "learned")), name
+            # Of 256 or 512 tokens; the tolerance must not do the work. What goes into the first layer depends on the
+            # word alone, so equal words have equal hidden states, and keys of equal norm.
+            most = 7 if name == "snapkv original" else 2  # a maximum is that of 7 neighbours, which swap together
+            assert swapped <= most or (layer == 0 and name in ("keynorm", "learned")), name
 
 
 @pytest.mark.parametrize("dtype, relative", [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)], ids=["fp32", "bf16"])
@@ -146,7 +150,8 @@ def test_kept_tokens_are_those_of_a_dense_computation(real, layer):
 def test_mass_equals_dense(real, backend, dtype, relative):
     for layer in LAYERS if HAS_GPU or backend == "reference" else LAYERS[1:2]:
         keys, _, queries, _ = real[layer]
-        keys, queries = keys[:, :, -700:].to(dtype), queries[:, :, -700:].to(dtype)
+        tokens = 700 if HAS_GPU or backend == "reference" else 300
+        keys, queries = keys[:, :, -tokens:].to(dtype), queries[:, :, -tokens:].to(dtype)
         expected = dense_weights(queries, keys).mean((1, 2))
         with kvevict.backend(backend):
             got = kvevict.attention_mass(queries, keys)[0].double()

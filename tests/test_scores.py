@@ -170,7 +170,7 @@ def test_slots_to_evict_are_what_topk_leaves_out(data):
     assert sorted(kept + worst(values, count, sink=sink, recent=recent)) == list(range(S))
 
 
-@pytest.mark.parametrize("S", [9000, 20000])
+@pytest.mark.parametrize("S", [9000, pytest.param(20000, marks=pytest.mark.slow)])
 def test_slots_of_rows_split_over_programs(S):
     for scores in (torch.randn(1, 2, S, device=DEVICE), torch.randn(1, 2, S, device=DEVICE).round()):
         scores[0, 0, 5000] = NAN

@@ -99,12 +99,13 @@ def test_a_share_of_a_short_request_is_a_token_at_least():
         assert indices[:, 0].tolist() == [[36, 37, 38, 39], [0, -1, -1, -1], [3, -1, -1, -1]]
 
 
-@pytest.mark.parametrize("S, values", [(20000, "random"), (8193, "few"), (8193, "one")])
+@pytest.mark.parametrize("S, values", [(20000, "random"), (8193, "ties")])
 def test_rows_split_over_programs(S, values, monkeypatch):
     """Three runs of four tiles, or of two."""
     monkeypatch.setattr("kvevict.kernels.select_topk.multiprocessors", lambda device: 6)
     scores = torch.randn(1, 2, S, device=DEVICE)
-    scores = {"random": scores, "few": scores.round(), "one": torch.ones_like(scores)}[values]
+    if values == "ties":
+        scores[0, 0], scores[0, 1] = scores[0, 0].round(), 1.0
     scores[0, 0, 5000] = NAN
     for keep, sink, recent in [(0.5, 4, 32), (S, 0, 0), (5000, 0, 4500)]:
         a, b = both(lambda k=keep, s=sink, r=recent: kvevict.topk_indices(scores, k, sink=s, recent=r))
@@ -114,10 +115,11 @@ def test_rows_split_over_programs(S, values, monkeypatch):
     assert torch.equal(a, b) and (a[..., 2049:] == -1).all() and (a[..., 2048] == 4096).all()
 
 
-def test_one_program_for_a_long_row(monkeypatch):
-    """A row for every multiprocessor: all rounds in one launch."""
+@pytest.mark.parametrize("S", [8200, 32769])
+def test_one_program_for_a_long_row(S, monkeypatch):
+    """Rows for all multiprocessors: up to 32,768 tokens in registers, longer ones with all rounds in one launch."""
     monkeypatch.setattr("kvevict.kernels.select_topk.multiprocessors", lambda device: 1)
-    scores = spoiled(1, 2, 8200)
+    scores = spoiled(1, 2, S)
     for indices in both(lambda: kvevict.topk_indices(scores, 3000, sink=1, recent=40)):
         assert indices[0].tolist() == [expect(scores[0, h].tolist(), 3000, 1, 40) for h in range(2)]
 

@@ -20,12 +20,15 @@ __all__ = [
     "decode_attention",
     "evict_slots",
     "fill_holes",
+    "keep_counts",
     "key_norm_scores",
     "keydiff_scores",
+    "left_blocks",
     "mlp_scores",
     "move_flags",
     "move_rows",
     "pool_scores",
+    "slots_from_end",
     "topk_adaptive",
     "topk_indices",
 ]
@@ -61,6 +64,47 @@ def check_rows(lengths: Tensor, S: int, table: Tensor | None, blocks: int, block
             lengths = lengths[:, None]
         used = torch.arange(table.shape[-1], device=table.device) * block_size < lengths[..., None]
         ok.logical_and_((((table >= 0) & (table < blocks)) | ~used).all())
+
+
+def keep_counts(
+    lengths: Tensor | None, S: int, keep: Tensor | None, share: int, most: int, kept: Tensor, ok: Tensor
+) -> None:
+    """Tokens that each row keeps, of its `lengths` (S): keep, or a share of them in 10⁻¹², rounded half up, from 1 to
+    `most`; and whether every row with a token keeps one."""
+
+    def like(counts: Tensor) -> Tensor:
+        return counts.long() if counts.ndim == kept.ndim else counts.long()[:, None]
+
+    length = torch.full_like(kept, S) if lengths is None else like(lengths)
+    if keep is None:
+        whole = 10**12
+        wanted = ((2 * share * length + whole) // (2 * whole)).clamp(1, most)
+    else:
+        wanted = like(keep)
+    ok.fill_((wanted >= length.clamp(max=1)).all())
+    kept.copy_(torch.minimum(wanted, length))
+
+
+def left_blocks(
+    table: Tensor, lengths: Tensor, kept: Tensor, block_size: int, from_end: bool, held: Tensor, freed: Tensor
+) -> None:
+    """The blocks that hold no token when a row's first `kept` slots hold what is left of its `lengths`; its last slots:
+    the blocks that lie before those altogether, so that the next token has its block."""
+    held.copy_(kept if kept.ndim == held.ndim else kept[:, None])
+    blocks = torch.arange(table.shape[-1] * block_size, device=table.device).view(-1, block_size)  # their slots
+    before, after = (x.view(*x.shape, *(1,) * (table.ndim - x.ndim)) for x in (lengths, kept))
+    if from_end:
+        free = blocks[:, -1] < before - after
+    else:
+        free = (blocks[:, 0] >= after) & (blocks[:, 0] < before)
+    freed.copy_(torch.where(free, table, -1))
+
+
+def slots_from_end(indices: Tensor, lengths: Tensor, out: Tensor) -> None:
+    """Each row's indices counted back from its last token, in ascending order; -1 stays behind."""
+    last = lengths.long().view(len(lengths), -1, 1) - 1
+    slots = torch.where(indices < 0, torch.iinfo(torch.int64).max, last - indices).sort(-1).values
+    out.copy_(torch.where(slots > last, -1, slots))
 
 
 def keydiff_scores(

@@ -1,7 +1,8 @@
 """The Triton backend: the launchers of kvevict.kernels under the interface's names."""
 
 from kvevict.kernels.check_rows import check_rows
-from kvevict.kernels.compact_kv import copy_rows, fill_holes, move_flags, move_rows
+from kvevict.kernels.compact_kv import copy_rows, fill_holes, move_flags, move_rows, slots_from_end
+from kvevict.kernels.count_rows import keep_counts, left_blocks
 from kvevict.kernels.decode_attention import decode_attention
 from kvevict.kernels.pool_scores import pool_scores
 from kvevict.kernels.score_attention import attention_lse, attention_mass
@@ -18,12 +19,15 @@ __all__ = [
     "decode_attention",
     "evict_slots",
     "fill_holes",
+    "keep_counts",
     "key_norm_scores",
     "keydiff_scores",
+    "left_blocks",
     "mlp_scores",
     "move_flags",
     "move_rows",
     "pool_scores",
+    "slots_from_end",
     "topk_adaptive",
     "topk_indices",
 ]

@@ -73,9 +73,9 @@ def _check_selection(
             raise ValueError(f"keep has shape {tuple(keep.shape)}: expected ({B},), {expected}")
     if isinstance(keep, Tensor) and keep.ndim < 2:
         keep = validate.counts("keep", keep, B, H, lengths)
-        validate.require((keep >= 1).all(), "keep", keep, "at least 1 token for each request")
-        ops._check_selection((B, H, S), lengths, S, sink, recent, heads, lengths)
-        return S, validate.kept_lengths(keep, lengths)
+        ops._check_heads(heads, floor, lengths)
+        validate.kept_tokens(S, S, sink, recent)  # for sink and recent
+        return S, ops._keep_counts(keep, (B, H, S), lengths, lengths)
     if isinstance(keep, int) and not isinstance(keep, bool):
         keep = min(keep, S)  # every request may be shorter than what it could keep
     return ops._check_selection((B, H, S), lengths, keep, sink, recent, heads, lengths, floor)
@@ -226,15 +226,10 @@ def _left(cache: ops._Cache, kept: Tensor, to: str) -> PagedCompacted:
     """What a move has left of the rows' lengths and blocks."""
     table, lengths = cache.table, cache.lengths
     assert table is not None and lengths is not None
-    held, before = (x.view(*x.shape, *(1,) * (table.ndim - x.ndim)) for x in (kept, lengths))
-    block_size = cache.keys.shape[2]
-    columns = torch.arange(table.shape[-1], device=table.device)
-    if to == "tail":
-        free = columns < (before - held) // block_size
-    else:
-        used = (before + block_size - 1) // block_size
-        free = (columns >= (held + block_size - 1) // block_size) & (columns < used)
-    return PagedCompacted(kept.to(lengths.dtype), torch.where(free, table, -1))
+    held = torch.empty(table.shape[:-1], dtype=lengths.dtype, device=table.device)
+    freed = torch.empty(table.shape, dtype=torch.int32, device=table.device)
+    torch.ops.kvevict.left_blocks(table, lengths, kept, cache.keys.shape[2], to == "tail", held, freed)
+    return PagedCompacted(held, freed)
 
 
 def paged_keydiff_compact(

@@ -133,6 +133,8 @@ def remainder(a, b):
 
 
 def multiply_high(a, b):
+    if a.dtype.itemsize == 8:
+        return ((a.astype(object) * b.astype(object)) >> 64).astype(a.dtype)  # Python's integers have the room
     wide = int64 if a.dtype.kind == "i" else uint64
     return ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(a.dtype)
 

@@ -71,6 +71,9 @@ def test_bits():
     assert high == [a * b >> 32 for a, b in zip(numbers, numbers[::-1], strict=True)]
     high = arithmetic.multiply_high(SIGNED, SIGNED[::-1]).tolist()
     assert high == [a * b >> 32 for a, b in zip(SIGNED.tolist(), SIGNED[::-1].tolist(), strict=True)]
+    long = (SIGNED.astype(np.int64) << 31) + 12345
+    high = arithmetic.multiply_high(long, long[::-1]).tolist()
+    assert high == [a * b >> 64 for a, b in zip(long.tolist(), long[::-1].tolist(), strict=True)]
 
 
 def test_bytes_are_permuted():

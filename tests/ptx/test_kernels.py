@@ -189,6 +189,14 @@ def test_selection(kind, S):
         )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_selection_of_long_rows_in_registers(kind, monkeypatch):
+    monkeypatch.setattr("kvevict.kernels.select_topk.multiprocessors", lambda device: 1)
+    scores = scores_of(kind, 1, 2, 8200)
+    assert_same("topk_indices", scores, None, 2, 3, False, None, unwritten(1, 2, 3000, dtype=torch.int64), out=[6])
+
+
 @pytest.mark.parametrize("kind, S", matrix(KINDS, (5, 100, 4097, 12400), quick=[
     ("odd", 5), ("ties", 100),
 ]))  # fmt: skip
@@ -220,6 +228,22 @@ def test_rows_are_checked(wrong):
     assert_same("check_rows", lengths, 112, table, 19, 16, torch.ones(1, dtype=torch.bool), out=[5])
 
 
+@pytest.mark.parametrize("keep", [None, [7, 60], [[7, 1], [90, 60]]])
+def test_counts(keep):
+    lengths = torch.tensor([100, 67], dtype=torch.int32)
+    keep = None if keep is None else torch.tensor(keep)
+    kept = unwritten(2, dtype=torch.int64) if keep is None else torch.full_like(keep, -77)
+    assert_same("keep_counts", lengths, 112, keep, 3 * 10**11, 50, kept, torch.zeros(1, dtype=torch.bool), out=[5, 6])
+
+
+@pytest.mark.parametrize("from_end", [False, True])
+def test_left_blocks(from_end):
+    _, table = pages(2, 1, 100, 8, FP32)
+    lengths, kept = torch.tensor([100, 67], dtype=torch.int32), torch.tensor([50, 67])
+    arguments = (table, lengths, kept, 16, from_end, torch.full_like(lengths, -77), torch.full_like(table, -77))
+    assert_same("left_blocks", *arguments, out=[5, 6])
+
+
 # Moves
 
 
@@ -232,6 +256,8 @@ def test_moves(dtype, dims):
     indices = kept(2, 2, S, n, padding=20)
     slots = torch.empty_like(indices)
     reference.fill_holes(indices, slots)
+    ends = torch.tensor([[S, S - 3], [S - 5, S]])
+    assert_same("slots_from_end", indices.clamp(max=S - 6), ends, unwritten(2, 2, n, dtype=torch.int64), out=[2])
     assert_same("fill_holes", indices, unwritten(2, 2, n, dtype=torch.int64), out=[1])
     assert_same("move_rows", keys, values, indices, True, out=[0, 1])
     assert_same("move_rows", keys, values, slots, False, out=[0, 1])

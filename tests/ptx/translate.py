@@ -37,7 +37,7 @@ _SIMPLE = {  # opcode: expression, type of the sources, of the result (None: the
     rf"add\.{_INT}|add(\.rn)?(\.ftz)?\.{_FLOAT}": ("({a} + {b})", None, None),
     rf"sub\.{_INT}|sub(\.rn)?(\.ftz)?\.{_FLOAT}": ("({a} - {b})", None, None),
     rf"mul\.lo\.{_INT}|mul(\.rn)?(\.ftz)?\.{_FLOAT}": ("({a} * {b})", None, None),
-    r"mul\.hi\.[su]32": ("multiply_high({a}, {b})", None, None),
+    r"mul\.hi\.[su](32|64)": ("multiply_high({a}, {b})", None, None),
     rf"mad\.lo\.{_INT}": ("({a} * {b} + {c})", None, None),
     r"fma\.rn(\.ftz)?\.(f16|f32)": ("fused({a}, {b}, {c})", None, None),
     rf"div\.{_INT}": ("divide({a}, {b})", None, None),
