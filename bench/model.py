@@ -204,7 +204,7 @@ def memory_accesses(
     What is small enough stays in L2: scores, indices and workspaces always, K and V (`caches`) if an earlier launch has
     read them; stores to K and V leave L2 in the end. Read again is read from L2. `resident`: programs that run at once.
     """
-    theirs = {cache.data_ptr(): cache.shape[3] * cache.element_size() for cache in caches}
+    theirs = {cache.data_ptr() for cache in caches}
     asked: Counter = Counter()
     from_l2: Counter = Counter()
     lines = set()
@@ -214,7 +214,7 @@ def memory_accesses(
         share = None
         if address in theirs and access.kind == "read":
             if address not in simulated:
-                simulated[address] = share_missed(launch, l2, theirs[address], resident)
+                simulated[address] = share_missed(launch, l2, resident)
             share = simulated[address]
         if access.lane_bytes >= 8:  # narrow ones are mostly broadcasts
             from_l2[address, access.kind, size if share is not None else math.inf] += access.bytes

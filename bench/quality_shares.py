@@ -220,9 +220,10 @@ def main():
         results = run_context(model, tokenizer, context, asked, options.keeps, shares)
         with path.open("a") as file:
             file.write(json.dumps(dict(sample=sample, results=results)) + "\n")
+    source = options.text.name if options.text else "the Pentateuch"
     caption = (
-        f"{options.model}, {options.tokens} tokens of {options.text.name if options.text else 'the Pentateuch'}, {device}, torch "
-        f"{torch.__version__}, kvevict {kvevict.__version__}. Shares: {shares.metadata}."
+        f"{options.model}, {options.tokens} tokens of {source}, {device}, torch {torch.__version__}, kvevict "
+        f"{kvevict.__version__}. Shares: {shares.metadata}."
     )
     rows = summary([json.loads(line) for line in path.read_text().splitlines()])
     (out / f"{name}.json").write_text(json.dumps({"schema": 1, "caption": caption, "rows": rows}, indent=1) + "\n")
