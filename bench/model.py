@@ -490,7 +490,7 @@ def table(rows: list[dict], device: Device) -> str:
         f"{device.bandwidth / 1e12:g} TB/s) from the machine code that Triton {triton.__version__} makes of the "
         f"launches; not timed. {time.strftime('%Y-%m-%d')}. `python -m bench model`; what it counts: bench/model.py.",
         "", f"D = {Shape.D}, bfloat16, keep {Shape.keep:g}, {Shape.group} query heads a KV head. "
-        "Floor: the bytes that the algorithm must move, from HBM.",
+        "Floor: the bytes that the algorithm must move, all from HBM; L2 may hold some of them.",
     ]  # fmt: skip
     for op in dict.fromkeys(row["op"] for row in rows):
         shapes: dict = {}
