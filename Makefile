@@ -39,7 +39,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(READY)  ## evict from a real model's cache and ask it for a hidden fact (DEMO="--keep 0.3 ...")
 	TRITON_INTERPRET=$$($(PY) -c "import torch; print(int(not torch.cuda.is_available()))") $(PY) -m kvevict demo $(DEMO)
 
-train: $(READY)  ## train the learned scorer on a real model (TRAIN="--layers 4 ..."); the demo's --policy all takes it up
+train: $(READY)  ## fit the learned scorer to a real model (TRAIN="--model ID --text FILE ...")
 	$(PLAIN) $(PY) -m kvevict train $(TRAIN)
 
 test: $(READY)  ## the checks of a commit; without a GPU the kernels run in Triton's interpreter, and some as compiled

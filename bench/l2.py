@@ -13,8 +13,10 @@ from __future__ import annotations
 import itertools
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
-from bench.machine_code import Launch
+if TYPE_CHECKING:  # compiling and interpreting exclude each other, and neither is needed here
+    from bench.machine_code import Launch
 
 Tile = tuple[int, int]  # row and first token
 _STEPS = 256  # of a program at most: longer runs are simulated in larger tiles
@@ -81,14 +83,13 @@ _ORDERS: dict[str, Callable[[Launch], Iterator[Iterable[Tile]]]] = {
 }
 
 
-def share_missed(launch: Launch, l2: L2, row_bytes: int, resident: int) -> float | None:
-    """The share of the tiles of K, [row_bytes] a token, that come from HBM; None where the order is not known here."""
+def share_missed(launch: Launch, l2: L2, resident: int) -> float | None:
+    """The share of the tiles of K that come from HBM; None where their order is not known here."""
     if launch.kernel not in _ORDERS:
         return None
-    keys = launch.arguments["keys"].ptr.data_ptr()
+    keys = launch.arguments["keys"]
+    address, row_bytes = keys.ptr.data_ptr(), keys.width.value * keys.ptr.element_size()
     _, tokens = _run(launch, 0)
-    found = Counter(
-        l2.read((keys, *tile), tokens.step * row_bytes)
-        for tile in interleaved(_ORDERS[launch.kernel](launch), resident)
-    )
+    tiles = interleaved(_ORDERS[launch.kernel](launch), resident)
+    found = Counter(l2.read((address, *tile), tokens.step * row_bytes) for tile in tiles)
     return found[False] / found.total()

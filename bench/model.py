@@ -204,7 +204,7 @@ def memory_accesses(
     What is small enough stays in L2: scores, indices and workspaces always, K and V (`caches`) if an earlier launch has
     read them; stores to K and V leave L2 in the end. Read again is read from L2. `resident`: programs that run at once.
     """
-    theirs = {cache.data_ptr(): cache.shape[3] * cache.element_size() for cache in caches}
+    theirs = {cache.data_ptr() for cache in caches}
     asked: Counter = Counter()
     from_l2: Counter = Counter()
     lines = set()
@@ -214,7 +214,7 @@ def memory_accesses(
         share = None
         if address in theirs and access.kind == "read":
             if address not in simulated:
-                simulated[address] = share_missed(launch, l2, theirs[address], resident)
+                simulated[address] = share_missed(launch, l2, resident)
             share = simulated[address]
         if access.lane_bytes >= 8:  # narrow ones are mostly broadcasts
             from_l2[address, access.kind, size if share is not None else math.inf] += access.bytes
@@ -490,7 +490,7 @@ def table(rows: list[dict], device: Device) -> str:
         f"{device.bandwidth / 1e12:g} TB/s) from the machine code that Triton {triton.__version__} makes of the "
         f"launches; not timed. {time.strftime('%Y-%m-%d')}. `python -m bench model`; what it counts: bench/model.py.",
         "", f"D = {Shape.D}, bfloat16, keep {Shape.keep:g}, {Shape.group} query heads a KV head. "
-        "Floor: the bytes that the algorithm must move, from HBM.",
+        "Floor: the bytes that the algorithm must move, all from HBM; L2 may hold some of them.",
     ]  # fmt: skip
     for op in dict.fromkeys(row["op"] for row in rows):
         shapes: dict = {}

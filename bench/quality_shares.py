@@ -1,10 +1,10 @@
 """`python -m bench.quality_shares`: what a model still knows when layers and heads keep unequal numbers of tokens.
 
-For some scorers, the same number of tokens shared out in five ways: `each` head the same, its own choice; `shared`, the
-same with one choice for all heads of a layer; `layer shares`, measured shares of the layers (`Fixed(per="layer")`) with
-one choice for a layer's heads; `head shares`, measured shares of every head (`Fixed`); `model-wide`, the best scores of
-all layers and heads (`model_wide`), which says something of scores that compare over a model: kvevict.policies serves
-it for those alone.
+For some scorers (`learned` is the package's own for the model), the same number of tokens shared out in five ways:
+`each` head the same, its own choice; `shared`, the same with one choice for all heads of a layer; `layer shares`,
+measured shares of the layers (`Fixed(per="layer")`) with one choice for a layer's heads; `head shares`, measured shares
+of every head (`Fixed`); `model-wide`, the best scores of all layers and heads (`model_wide`), which says something of
+scores that compare over a model: kvevict.policies serves it for those alone.
 
 A context hides four facts and a list of eight pairs, and is read once. Its cache is evicted before a question is seen,
 by hand: indices from the policy's scores go to the layers of an EvictingCache as its own choices do. Four questions are
@@ -31,13 +31,15 @@ from kvevict import models, ops, validate
 from kvevict.hf import EvictingCache
 from kvevict.hf.choice import Choice
 from kvevict.hf.reconstruct import PROMPT, repeat_scores
-from kvevict.policies import NAMED, RECOMMENDED, Fixed, Observed, Shares, model_wide
+from kvevict.policies import NAMED, RECOMMENDED, Fixed, LearnedKV, Observed, Shares, model_wide
 from kvevict.policies.base import within
 from kvevict.policies.shares import find
 
 KEEPS = (0.5, 0.25, 0.1)
 POLICIES = {"keydiff": NAMED["keydiff"], "recommended": RECOMMENDED, "snapkv": NAMED["snapkv"]}
 KVZIP = "kvzip"  # no policy, because it reads the context twice; protected as the others are
+LEARNED = "learned"  # LearnedKV, where the package has it for the model
+SCORES = (*POLICIES, KVZIP, LEARNED)
 COLUMNS = ("each", "shared", "layer shares", "head shares", "model-wide")
 BASE = ("recommended", "shared")
 SINK, RECENT = RECOMMENDED.protected
@@ -111,13 +113,20 @@ def ask(model, cache, seen, question, answer):
 
 
 @torch.no_grad()
-def run_context(model, tokenizer, context, asked, keeps, shares):
-    """{policy: {column: {keep: [(loss, hit) of each question]}}}; "whole": of the whole cache."""
+def run_context(model, tokenizer, context, asked, keeps, shares, names):
+    """{scores: {column: {keep: [(loss, hit) of each question]}}}; "whole": of the whole cache."""
     layers, captured = read(model, context)
-    seen = [Observed(keys=k, **o) for (k, _), o in zip(layers, observe(layers, captured), strict=True)]
-    scores = {name: [policy.scores(layer) for layer in seen] for name, policy in POLICIES.items()}
-    prompt = torch.tensor(tokenizer(PROMPT, add_special_tokens=False)["input_ids"], device=model.device)
-    scores[KVZIP] = repeat_scores(model, torch.tensor([context], device=model.device), prompt)
+    seen = [
+        Observed(**dict(o, keys=k, values=v, layer=i))
+        for i, ((k, v), o) in enumerate(zip(layers, observe(layers, captured), strict=True))
+    ]
+    policies = dict(POLICIES)
+    if LEARNED in names:
+        policies[LEARNED] = LearnedKV.of_model(model.config)
+    scores = {name: [policies[name].scores(layer) for layer in seen] for name in names if name != KVZIP}
+    if KVZIP in names:
+        prompt = torch.tensor(tokenizer(PROMPT, add_special_tokens=False)["input_ids"], device=model.device)
+        scores[KVZIP] = repeat_scores(model, torch.tensor([context], device=model.device), prompt)
 
     def answers(chosen):
         cache = cut(model, layers, chosen)
@@ -174,7 +183,7 @@ def table(rows, caption):
     for keep in sorted({row["keep"] for row in rows if row is not whole}, reverse=True):
         lines += ["", f"## keep {keep:g}", "", "| scores | " + " | ".join(COLUMNS) + " |", "|" + " --- |" * 6]
         cells = {(row["policy"], row["column"]): row for row in rows if row["keep"] == keep}
-        for policy in (*POLICIES, KVZIP):
+        for policy in dict.fromkeys(policy for policy, _ in cells):
             texts = []
             for column in COLUMNS:
                 row = cells[policy, column]
@@ -197,6 +206,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=1000, help="length of a context")
     parser.add_argument("--contexts", type=int, default=16)
     parser.add_argument("--keeps", type=float, nargs="+", default=list(KEEPS))
+    parser.add_argument("--scores", nargs="+", default=list(SCORES), choices=SCORES, help="beside recommended")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=pathlib.Path, help="folder; default: bench/results/<device>")
     options = parser.parse_args()
@@ -214,15 +224,17 @@ def main():
     path = out / f"{name}.jsonl"
     path.touch()
     done = {json.loads(line)["sample"] for line in path.read_text().splitlines()}
+    names = dict.fromkeys((BASE[0], *options.scores))
     text = tokenizer(models.read_text(options.text), add_special_tokens=False)["input_ids"]
     for sample in track([i for i in range(options.contexts) if i not in done], description="contexts"):
         context, asked = build(sample, tokenizer, text, options.tokens)
-        results = run_context(model, tokenizer, context, asked, options.keeps, shares)
+        results = run_context(model, tokenizer, context, asked, options.keeps, shares, names)
         with path.open("a") as file:
             file.write(json.dumps(dict(sample=sample, results=results)) + "\n")
+    source = options.text.name if options.text else "the Pentateuch"
     caption = (
-        f"{options.model}, {options.tokens} tokens of {options.text.name if options.text else 'the Pentateuch'}, {device}, torch "
-        f"{torch.__version__}, kvevict {kvevict.__version__}. Shares: {shares.metadata}."
+        f"{options.model}, {options.tokens} tokens of {source}, {device}, torch {torch.__version__}, kvevict "
+        f"{kvevict.__version__}. Shares: {shares.metadata}."
     )
     rows = summary([json.loads(line) for line in path.read_text().splitlines()])
     (out / f"{name}.json").write_text(json.dumps({"schema": 1, "caption": caption, "rows": rows}, indent=1) + "\n")

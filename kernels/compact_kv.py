@@ -92,9 +92,10 @@ def _store_rows(rows, b, h, tokens, data, writes, columns):
 def move_rows_kernel(
     keys, values, key_scales, value_scales, new_keys, new_values, slots_ptr, ends, flags_ptr,
     n, H, rows, blocks, slots_stride_b, slots_stride_h,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
+    IN_PLACE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    # new_keys, new_values: None in place. flags: None where no program waits for another.
+    # new_keys, new_values: None in place, which Triton 3.6 cannot ask of a tuple that has a None in it. flags: None
+    # where no program waits for another.
     if flags_ptr is None:
         ticket = tl.program_id(0)
     else:
@@ -106,7 +107,7 @@ def move_rows_kernel(
     slots = block * BLOCK_R + tl.arange(0, BLOCK_R)
     sources = tl.load(slots_ptr + slots, mask=slots < n, other=-1)
     moves = sources >= 0
-    if new_keys is None:
+    if IN_PLACE:
         moves = moves & (sources != slots)
     columns, value_columns, one_column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, 1)
 
@@ -133,7 +134,7 @@ def move_rows_kernel(
             while has_read == 0:
                 has_read = tl.atomic_add(row_flags_ptr + other, 0, sem="acquire")
 
-    if new_keys is None:
+    if IN_PLACE:
         _store_rows(keys, b, h, new_tokens, key, moves, columns)
         _store_rows(values, b, h, new_tokens, value, moves, value_columns)
         if key_scales is not None:
@@ -161,7 +162,7 @@ def _launch_move(keys, values, slots, new=(None, None), scales=(None, None), end
     blocks = cdiv(n, config.block_rows)
     move_rows_kernel[(B * H * blocks,)](
         keys, values, *scales, *new, slots, per_row(ends), flags, n, H, B * H, blocks, *slots.stride()[:2],
-        BLOCK_D=config.block_dim, BLOCK_DV=config.block_value_dim, BLOCK_R=config.block_rows,
+        IN_PLACE=new[0] is None, BLOCK_D=config.block_dim, BLOCK_DV=config.block_value_dim, BLOCK_R=config.block_rows,
         num_warps=config.num_warps,
     )  # fmt: skip
 

@@ -12,7 +12,8 @@ score_attention.py, padded to 16, so a decode step reads K and V once. Of a requ
 to token max(length - W, 0) + w and sees no later one; rows beyond its last are padding: output 0, LSE -inf.
 Bytes per (batch, KV head) and tile of rows: (D + Dv)·S·e; to track, 4·W·G·S of logits written and read (in L2), 8·S of
 mass, 4·S of last_used where written. Beside that, splits · W · G · (Dv + 2) floats of partial results.
-Launch: runs × tiles of rows × (batch, KV head), then 1 program per query, then one per 1,024 tokens to track.
+Launch: runs × tiles of rows × (batch, KV head), then 1 program per query, then one per 1,024 tokens to track. There are
+runs for the longest row; those that lie behind a shorter one end at once, and are not merged.
 """
 
 import torch
@@ -196,7 +197,7 @@ def decode_attention(
     (_, HQ, W, _), DV, (B, H, S, D) = queries.shape, values.shape[3], cache_shape(keys, table)
     G, rows = HQ // H, B * H
     compute, size = dot_type(queries)
-    config = decode_config(rows, W * G, S, D, DV, size, multiprocessors(keys.device), lengths is not None)
+    config = decode_config(rows, W * G, S, D, DV, size, multiprocessors(keys.device), ragged=lengths is not None)
     row_blocks = cdiv(W * G, config.block_rows)
 
     def workspace(*shape):

@@ -92,8 +92,8 @@ MAX_SELECT_SPLITS = 32  # every program adds up the 256 counts of all runs, 16 l
 def select_config(rows: int, tokens: int, multiprocessors: int) -> SelectConfig:
     if tokens <= 8192:  # 32 keys a thread
         return SelectConfig(4096 if tokens <= 4096 else 8192, 1, tokens)
-    # 64 keys for each of 512 threads, which fill a multiprocessor's registers: 37 µs for as many rows as there are
-    # multiprocessors, however long. Runs take 0.75 µs for a row of 32,768 and device, for short times many rows less.
+    # 64 keys for each of 512 threads fill a multiprocessor's registers: a row on each of them takes 37 µs, whatever its
+    # length. In runs a row of 32,768 takes all of them 0.75 µs, a shorter one less, so this pays for many long rows.
     if tokens <= 32768 and rows * tokens >= 12288 * multiprocessors:
         return SelectConfig(32768, 1, tokens, num_warps=16)
     # All programs of a launch that waits at barriers must run at once. Two of 256 threads fit on a multiprocessor with

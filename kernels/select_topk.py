@@ -2,7 +2,8 @@
 round, the tokens to give up; or the best of all heads together.
 
     mean_heads_kernel   [B, 1, S]: the mean over KV heads, added in head order (heads="shared")
-    select_row_kernel   rows up to 8,192: one program holds the row in registers and finds the key bit by bit
+    select_row_kernel   rows up to 8,192, or many up to 32,768: one program holds the row in registers and finds the key
+                        bit by bit
     select_runs_kernel  longer rows: several programs a row, 8 bits of the key at a time
     split_heads_kernel  a selection over a request's heads laid end to end, back to one list per head
 

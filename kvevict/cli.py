@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kvevict import demo as demo_module
-from kvevict import measure_shares, models, planner
+from kvevict import measure_shares, models, planner, train_kv
 from kvevict import train as train_module
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -23,6 +23,9 @@ def root() -> None:
 
 Model = Annotated[str, typer.Option(help="Hugging Face causal LM: an id or a folder.")]
 Text = Annotated[pathlib.Path | None, typer.Option(help="Text file to read; default: a public-domain text.")]
+Texts = Annotated[
+    list[pathlib.Path] | None, typer.Option(help="Text file to read; may be repeated. Default: a public-domain text.")
+]
 Device = Annotated[str, typer.Option(help="torch device.")]
 
 
@@ -91,21 +94,34 @@ def plan(
 @app.command()
 def train(
     model: Model = models.SMOLLM2,
-    text: Text = None,
-    texts: Annotated[int, typer.Option(help="Pieces of the text; a quarter of them is held out.")] = 16,
-    tokens: Annotated[int, typer.Option(help="Length of a piece in tokens.")] = 1024,
-    future: Annotated[int, typer.Option(help="Tokens behind a piece, whose attention is predicted.")] = 128,
-    layers: Annotated[int | None, typer.Option(help="Train the first so many layers; default: all.")] = None,
-    epochs: Annotated[int, typer.Option(help="At most so many; a layer stops when held-out loss does.")] = 12,
+    text: Texts = None,
+    features: Annotated[
+        str, typer.Option(help="kv: keys and values, fitted in closed form. mlp: a network on hidden states.")
+    ] = "kv",
+    tokens: Annotated[int, typer.Option(help="Tokens to read in all; some of them are held out.")] = 5760,
+    length: Annotated[int, typer.Option(help="Length of a piece in tokens.")] = 640,
+    future: Annotated[int, typer.Option(help="mlp: tokens behind a piece, whose attention is predicted.")] = 128,
+    layers: Annotated[int | None, typer.Option(help="mlp: train the first so many layers; default: all.")] = None,
+    epochs: Annotated[int, typer.Option(help="mlp: at most so many; a layer stops when held-out loss does.")] = 12,
     device: Device = "cpu",
-    output: Annotated[pathlib.Path | None, typer.Option(help="Weights (safetensors); default: in the cache.")] = None,
+    output: Annotated[
+        pathlib.Path | None, typer.Option("--out", help="Where the scorer goes (safetensors); mlp: in the cache.")
+    ] = None,
     report: Annotated[pathlib.Path, typer.Option(help="Name of the JSON and PNG report.")] = pathlib.Path(
         "kvevict-train"
     ),
 ) -> None:
-    """Train the learned scorer to predict, from hidden states, the attention that later queries will give."""
+    """Fit a learned scorer to a model: which tokens its later queries will attend to."""
     try:
-        train_module.run(model, text, texts, tokens, future, layers, epochs, device, output, report)
+        if features == "kv":
+            train_kv.run(
+                model, text or [], tokens, length, device, output or pathlib.Path("kvevict-scorer.safetensors"), report
+            )
+        elif features == "mlp" and len(text or []) < 2:
+            one = text[0] if text else None
+            train_module.run(model, one, tokens // length, length, future, layers, epochs, device, output, report)
+        else:
+            raise models.Unavailable(f"--features is {features!r}: expected kv, or mlp with one --text")
     except models.Unavailable as error:
         print(f"kvevict train: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
@@ -114,10 +130,7 @@ def train(
 @app.command()
 def budgets(
     model: Model = models.SMOLLM2,
-    text: Annotated[
-        list[pathlib.Path] | None,
-        typer.Option(help="Text file to read; may be repeated. Default: a public-domain text."),
-    ] = None,
+    text: Texts = None,
     texts: Annotated[int, typer.Option(help="Pieces of each text.")] = 5,
     tokens: Annotated[int, typer.Option(help="Length of a piece in tokens; best the length of use.")] = 1024,
     keep: Annotated[list[float], typer.Option(help="Share of the cache to measure at; may be repeated.")] = [  # noqa: B006

@@ -243,6 +243,15 @@ def _key_norm_scores_op(keys, lengths, out, table=None):
     _run("key_norm_scores", keys.device, keys, lengths, out, table)
 
 
+@_custom_op(
+    "kv_scores(Tensor keys, Tensor? values, Tensor? weights, Tensor inv_freq, Tensor? positions, Tensor? lengths, "
+    "Tensor(a!)? fitted, Tensor(b!)? keydiff, Tensor? table=None) -> ()"
+)
+def _kv_scores_op(keys, values, weights, inv_freq, positions, lengths, fitted, keydiff, table=None):
+    _check_lengths(lengths, keys, table)
+    _run("kv_scores", keys.device, keys, values, weights, inv_freq, positions, lengths, fitted, keydiff, table)
+
+
 @_custom_op("mlp_scores(Tensor hidden, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor(a!) out) -> ()")
 def _mlp_scores_op(hidden, w1, b1, w2, b2, out):
     _run("mlp_scores", hidden.device, hidden, w1, b1, w2, b2, out)

@@ -20,7 +20,7 @@ and a request is shorter than W, its queries come first and the rest is padding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,14 @@ class Compacted(NamedTuple):
     lengths: Tensor | None  # int64: kept tokens [B], or [B, H] where heads keep their own number; None: n of every row
 
 
-def keydiff_scores(keys: Tensor, *, anchor: str | Tensor = "unit", lengths: Tensor | None = None) -> Tensor:
+def keydiff_scores(
+    keys: Tensor,
+    *,
+    anchor: str | Tensor = "unit",
+    lengths: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
     """KeyDiff scores: how unlike the mean key each key is. Higher means keep.
 
     score_i = -cos(k_i, a). Park et al., "KeyDiff" (arXiv 2504.15364), equation 4. A zero key scores 0. A key with an
@@ -63,6 +70,7 @@ def keydiff_scores(keys: Tensor, *, anchor: str | Tensor = "unit", lengths: Tens
         keys: [B, H, S, D], after RoPE.
         anchor: "unit", a = mean of k_i / ‖k_i‖ (the paper); "raw", a = mean of k_i; or a tensor [B, H, D].
         lengths: [B] or [B, H], see the module.
+        inv_freq, positions: as in `kv_scores`: score the keys as they were before RoPE; with anchor="unit".
 
     Returns:
         [B, H, S] float32, -inf beyond a request's length.
@@ -70,7 +78,52 @@ def keydiff_scores(keys: Tensor, *, anchor: str | Tensor = "unit", lengths: Tens
     Raises:
         TypeError, ValueError: see the module; values of `lengths` on a GPU are asserted on the device.
     """
-    return _scores(_dense(keys, lengths), anchor)
+    cache = _dense(keys, lengths)
+    if inv_freq is None:
+        if positions is not None:
+            raise ValueError("inv_freq is None: expected RoPE's frequencies, because positions are given")
+        return _scores(cache, anchor)
+    if not isinstance(anchor, str) or anchor != "unit":
+        what = repr(anchor) if isinstance(anchor, str) else "a tensor"
+        raise ValueError(f"anchor is {what}: expected 'unit' with inv_freq, the mean of the keys before RoPE")
+    return _kv_scores(cache, None, inv_freq, positions, keydiff=True)[1]
+
+
+def kv_scores(
+    keys: Tensor,
+    values: Tensor,
+    weights: Tensor,
+    *,
+    inv_freq: Tensor,
+    positions: Tensor | None = None,
+    lengths: Tensor | None = None,
+    return_keydiff: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A fitted linear score of each token, from its key before RoPE and its value: K is read twice, V once.
+
+    w · (k, v, ln ‖k‖, ln ‖v‖, cos(k, a), 1), where k is the key turned back by its position and a the mean of the
+    head's unit keys k / ‖k‖. The features of KVzap (arXiv 2601.07891) come from hidden states; these are all that an
+    attention backend sees. Norms below 1e-12 count as that. A key or value that is not finite, or whose squared norm is
+    not in float32, scores NaN, which ranks last, and is not in the mean.
+
+    Args:
+        keys, values: [B, H, S, D], [B, H, S, Dv], keys after RoPE.
+        weights: [H, D + Dv + 4] float32: of k, v, the two logarithms, the cosine, and the constant.
+        inv_freq: [R/2] float32, R ≤ D: the angle in radians by which a position turns elements j and j + R/2, as in
+            `model.model.rotary_emb.inv_freq` of Llama and its kin; what lies beyond R is not turned.
+        positions: [B, S] or [B, H, S] int32 or int64, of each cached token; None: 0 to S - 1.
+        lengths: [B] or [B, H], see the module.
+        return_keydiff: give the KeyDiff scores of the keys before RoPE as well, -cos(k, a), which cost no more reads.
+
+    Returns:
+        [B, H, S] float32, -inf beyond a request's length; or (that, the KeyDiff scores likewise).
+
+    Raises:
+        TypeError, ValueError: see the module.
+    """
+    validate.flag("return_keydiff", return_keydiff)
+    fitted, keydiff = _kv_scores(_dense(keys, lengths, values), weights, inv_freq, positions, return_keydiff)
+    return (fitted, keydiff) if return_keydiff else fitted
 
 
 def key_norm_scores(keys: Tensor, *, lengths: Tensor | None = None) -> Tensor:
@@ -611,6 +664,37 @@ def _scores(cache: _Cache, anchor: str | Tensor) -> Tensor:
     unit = given is None and anchor == "unit"
     torch.ops.kvevict.keydiff_scores(cache.keys, given, unit, cache.lengths, out, cache.table)
     return out
+
+
+def _kv_scores(cache: _Cache, weights, inv_freq, positions, keydiff: bool) -> tuple[Any, Any]:
+    """(fitted, KeyDiff) scores: the former where there are weights, the latter where `keydiff`; None else."""
+    B, H, S, D = cache.shape
+    inv_freq = validate.tensor("inv_freq", inv_freq, 1, (torch.float32,), cache.keys).contiguous()
+    if D % 2 or 2 * inv_freq.shape[0] > D:
+        raise ValueError(
+            f"inv_freq has {inv_freq.shape[0]} elements: expected at most half the head_dim, {D}, an even one"
+        )
+    if positions is not None:
+        ndim = 3 if isinstance(positions, Tensor) and positions.ndim == 3 else 2
+        positions = validate.small(
+            validate.tensor("positions", positions, ndim, (torch.int32, torch.int64), cache.keys)
+        )
+        if positions.shape != ((B, H, S) if ndim == 3 else (B, S)):
+            raise ValueError(f"positions has shape {tuple(positions.shape)}: expected ({B}, {S}) or ({B}, {H}, {S})")
+    if weights is not None:
+        weights = validate.tensor("weights", weights, 2, (torch.float32,), cache.keys).contiguous()
+        expected = (H, D + cache.values.shape[3] + 4)
+        if weights.shape != expected:
+            raise ValueError(f"weights has shape {tuple(weights.shape)}: expected {expected}, KV heads by features")
+    scores = [torch.empty((B, H, S), dtype=torch.float32, device=cache.keys.device) for _ in range(2)]
+    fitted, difference = (
+        x if wanted else None for x, wanted in zip(scores, (weights is not None, keydiff), strict=True)
+    )
+    values = None if weights is None else cache.values
+    torch.ops.kvevict.kv_scores(
+        cache.keys, values, weights, inv_freq, positions, cache.lengths, fitted, difference, cache.table
+    )
+    return scores[0], scores[1]
 
 
 def _lse(cache: _Cache, queries: Tensor, scale: float, causal: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""`kvevict train`: fit the learned scorer to a model, and show how well it ranks and what it is worth."""
+"""`kvevict train --features mlp`: fit a network on hidden states to a model; how well it ranks, what it is worth."""
 
 from __future__ import annotations
 
@@ -96,9 +96,10 @@ def run(
     logging.disable_progress_bar()
     console = Console()
     output = demo.weights_path(model_name) if output is None else output
-    for name, value in (("--texts", texts - 1), ("--tokens", tokens), ("--future", future), ("--epochs", epochs)):
-        if value < 1:
-            raise models.Unavailable(f"{name} is too small: expected at least {2 if name == '--texts' else 1}")
+    for name, value, least in (("--tokens", texts, "two pieces"), ("--length", tokens + 1, "1"),
+                               ("--future", future + 1, "1"), ("--epochs", epochs + 1, "1")):  # fmt: skip
+        if value < 2:
+            raise models.Unavailable(f"{name} is too small: expected at least {least}")
     for path in (output, report):
         try:
             path.resolve().parent.mkdir(parents=True, exist_ok=True)

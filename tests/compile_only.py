@@ -49,6 +49,16 @@ def launch_scores(S, D, dtype, offset=0):
     backend.key_norm_scores(keys, None, out)
 
 
+def launch_fitted(S, D, dtype, offset=0):
+    from kvevict.backends import triton as backend
+
+    keys, values = cache(S, D, dtype, offset)
+    inv_freq, fitted, keydiff = torch.empty(D // 2), torch.empty(2, 4, S), torch.empty(2, 4, S)
+    backend.kv_scores(keys, values, torch.empty(4, 2 * D + 4), inv_freq, None, None, fitted, keydiff)
+    places, lengths = torch.empty(2, 4, S, dtype=torch.int64), torch.full((2,), S, dtype=torch.int32)
+    backend.kv_scores(keys, None, None, inv_freq[: D // 4], places, lengths, None, keydiff)
+
+
 def launch_select(S):
     from kvevict.backends import triton as backend
 
@@ -165,7 +175,9 @@ def matrix(target: str, rows, tiles, paged) -> None:
         print(json.dumps({"kernel": launch.kernel, **case, **found}), flush=True)
 
     compile_only(TARGETS[target], report)
-    for launch_one, cases in ((launch_scores, rows), (launch_moves, rows), (launch_attention, tiles)):
+    for launch_one, cases in (
+        (launch_scores, rows), (launch_fitted, rows), (launch_moves, rows), (launch_attention, tiles),
+    ):  # fmt: skip
         for D, dtype, offset in cases:
             case.update(D=D, dtype=str(dtype).removeprefix("torch."), offset=offset)
             launch_one(4096, D, dtype, offset)
@@ -189,6 +201,7 @@ def variants(target: str) -> None:
             launch_paged(S, 128, torch.bfloat16)
             continue
         launch_scores(S, 128, torch.bfloat16)
+        launch_fitted(S, 128, torch.bfloat16)
         launch_select(S)
         launch_moves(S, 128, torch.bfloat16)
         launch_attention(S, 128, torch.bfloat16)

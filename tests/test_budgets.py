@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvevict.policies import (
     NAMED,
+    TOVA,
     AttentionMass,
     Fixed,
     Hybrid,
@@ -334,6 +335,18 @@ def test_policies_score_heads_of_unequal_lengths_as_if_alone(monkeypatch):
             own = None if window is None else window[b : b + 1, h * G : h * G + G]
             alone = policy.scores(Observed(keys=keys[b : b + 1, h : h + 1, :length], queries=own))
             torch.testing.assert_close(whole[b, h, :length], alone[0, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_last_query_is_that_of_the_request_not_of_its_shortest_head(monkeypatch):
+    """Heads have 40 and 10 tokens, the request 40 queries of its own in front of padding."""
+    monkeypatch.setenv("KVEVICT_BACKEND", "reference")
+    generator = torch.Generator().manual_seed(1)
+    keys, queries = (torch.randn(1, 2, 64, 16, generator=generator).to(DEVICE) for _ in range(2))
+    seen = Observed(keys=keys, queries=queries, lengths=torch.tensor([[40, 10]], device=DEVICE))
+    scores = TOVA().scores(seen)
+    for h, length in enumerate([40, 10]):
+        expected = (keys[0, h, :length] @ queries[0, h, 39] / 4).softmax(-1)
+        torch.testing.assert_close(scores[0, h, :length], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_tracker_follows_unequal_heads():

@@ -18,7 +18,8 @@ READS_ROWS = {
     "partial_anchor_kernel", "keydiff_scores_kernel", "keydiff_row_kernel", "key_norm_kernel", "move_rows_kernel",
 }  # fmt: skip
 TILES = {"attention_lse_kernel", "attention_mass_kernel", "decode_run_kernel", "mlp_scores_kernel"}
-KERNELS = READS_ROWS | TILES | {
+READS_HALVES = {"rotary_anchor_kernel", "kv_scores_kernel"}  # of rows, whose 60 elements of 120 are not 16 bytes wide
+KERNELS = READS_ROWS | READS_HALVES | TILES | {
     "fill_holes_kernel", "select_row_kernel", "select_runs_kernel", "split_heads_kernel", "mean_heads_kernel",
     "pool_scores_kernel", "merge_lse_kernel", "merge_decode_kernel", "track_kernel", "check_rows_kernel",
     "keep_counts_kernel", "left_blocks_kernel", "from_end_kernel",
@@ -46,7 +47,7 @@ def check(target, compiled):
             fine = fine and kernel["spills"] <= (2 if target == "sm_75" else 0)
             if name in READS_ROWS | TILES:  # in a pipelined loop, loads go to shared memory
                 fine = fine and kernel["loads_128"] + kernel["copies_128"] > 0
-            if name in READS_ROWS | TILES - {"mlp_scores_kernel"}:
+            if name in READS_ROWS | READS_HALVES | TILES - {"mlp_scores_kernel"}:
                 fine = fine and kernel["loads_narrow"] == 0
             if name == "move_rows_kernel":
                 fine = fine and kernel["stores_128"] == kernel["stores"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import both, cache, crossed
+from cases import both, cache, crossed, name
 from conftest import DEVICE, HAS_GPU
 
 import kvevict

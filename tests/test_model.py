@@ -5,8 +5,12 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from bench.l2 import L2, interleaved, share_missed
 
 HERE = pathlib.Path(__file__).parent
 
@@ -38,6 +42,49 @@ def test_bytes_waves_and_time_of_a_launch(figures):
 
 def test_a_loop_that_depends_on_data_is_an_error_that_names_it(figures):
     assert "chain_kernel" in figures["unknown"] and "while at > 0:" in figures["unknown"]
+
+
+def test_programs_take_turns():
+    assert list(interleaved([[1, 2, 3], [4], [5, 6]], 2)) == [1, 4, 2, 3, 5, 6]
+    assert list(interleaved([[1, 2], [3, 4]], 1)) == [1, 2, 3, 4]
+    assert list(interleaved([[1, 2], [3]], 9)) == [1, 3, 2]
+
+
+def test_what_was_read_last_is_in_l2():
+    l2 = L2(30)
+    assert [l2.read(("k", tile), 10) for tile in (0, 1, 2, 0, 3, 0, 1)] == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("tokens, resident, left", [
+    (32768, 1000, 1 - 25 / 64),  # 64 MiB of keys: the last 25 that the first pass reads are there
+    (8192, 1000, 0.0),  # 16 MiB: all of them
+    (32768, 128, 1 - 25 / 64),  # in waves the last programs are those that the second pass begins with
+])  # fmt: skip
+def test_the_second_pass_finds_the_end_of_the_first(tokens, resident, left):
+    keys = SimpleNamespace(ptr=torch.empty(1, dtype=torch.bfloat16), width=SimpleNamespace(value=128))
+    arguments = dict(keys=keys, splits=64, chunk=tokens // 64, S=tokens, BLOCK_S=32)
+    first, second = (
+        SimpleNamespace(kernel=kernel, programs=8 * 64, arguments=arguments)
+        for kernel in ("partial_anchor_kernel", "keydiff_scores_kernel")
+    )
+    l2 = L2(25 << 20)
+    assert share_missed(first, l2, resident) == 1.0
+    assert share_missed(second, l2, resident) == pytest.approx(left, abs=0.01)
+    forwards = L2(25 << 20)
+    again = [share_missed(first, forwards, resident) for _ in range(2)]
+    assert again == [
+        1.0,
+        1.0 if left else 0.0,
+    ]  # forwards, the oldest tiles go just before they are asked for
+    assert share_missed(SimpleNamespace(kernel="decode_run_kernel"), l2, resident) is None
 
 
 def test_stages_of_keydiff_compact(figures):

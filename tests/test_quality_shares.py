@@ -49,7 +49,7 @@ def test_losses_are_those_of_plain_forwards():
     model.set_attn_implementation("kvevict")
     context, asked = bench.build(0, Characters(), TEXT, 400)
     with kvevict.backend("reference"):
-        results = bench.run_context(model, Characters(), context, asked, [0.5], SHARES)
+        results = bench.run_context(model, Characters(), context, asked, [0.5], SHARES, (*bench.POLICIES, bench.KVZIP))
     assert {policy: set(columns) for policy, columns in results.items()} == {
         "whole": {"whole"}, **dict.fromkeys((*bench.POLICIES, bench.KVZIP), set(bench.COLUMNS))
     }  # fmt: skip

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
 from kvevict import models, train
-from kvevict.policies import Learned
+from kvevict.policies import Learned, LearnedKV
 from kvevict.policies.training import collect, fit, spearman
 
 
@@ -91,22 +91,43 @@ def command(*arguments):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--texts", "1"], ["--model", "/no/such/model"], ["--epochs", "0"]], ids=" ".join
+    "arguments",
+    [["--tokens", "700"], ["--model", "/no/such/model"], ["--epochs", "0"], ["--features", "other"]],
+    ids=" ".join,
 )
-def test_bad_options_end_in_one_line(arguments, tmp_path):
-    done = command(*arguments, "--output", str(tmp_path / "w"), "--report", str(tmp_path / "r"))
+@pytest.mark.parametrize("features", ["kv", "mlp"])
+def test_bad_options_end_in_one_line(arguments, features, tmp_path):
+    if features == "kv" and "--epochs" in arguments:
+        arguments = ["--text", str(tmp_path / "missing")]
+    given = ["--features", features, *arguments]
+    done = command(*given, "--out", str(tmp_path / "w"), "--report", str(tmp_path / "r"))
     assert done.returncode == 2 and done.stderr.startswith("kvevict train: "), done.stderr
     assert arguments[0] in done.stderr or arguments[1] in done.stderr
 
 
 def test_smollm2_two_layers(tmp_path):
     """The command itself: a real model, a few short pieces, two layers."""
-    done = command("--texts", "4", "--tokens", "256", "--future", "64", "--layers", "2", "--epochs", "4",
-                   "--output", str(tmp_path / "w.safetensors"), "--report", str(tmp_path / "report"))  # fmt: skip
+    done = command("--features", "mlp", "--tokens", "1024", "--length", "256", "--future", "64", "--layers", "2",
+                   "--epochs", "4", "--out", str(tmp_path / "w.safetensors"),
+                   "--report", str(tmp_path / "report"))  # fmt: skip
     if "cannot download" in done.stderr:
         pytest.skip(done.stderr)
     assert done.returncode == 0, done.stderr
     result = json.loads(pathlib.Path(tmp_path / "report.json").read_text())
     assert len(Learned.load(tmp_path / "w.safetensors").layers) == 2
     assert result["spearman"]["learned"] > max(result["spearman"]["recency"], result["spearman"]["random"])
+    assert (tmp_path / "report.png").exists()
+
+
+def test_smollm2_keys_and_values(tmp_path):
+    """In tokens that are too few for a good scorer, but enough to rank better than KeyDiff."""
+    done = command("--tokens", "300", "--length", "150", "--out", str(tmp_path / "w.safetensors"),
+                   "--report", str(tmp_path / "report"))  # fmt: skip
+    if "cannot download" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(pathlib.Path(tmp_path / "report.json").read_text())
+    policy = LearnedKV.load(tmp_path / "w.safetensors")
+    assert policy.weights.shape == (30, 3, 132) and policy.metadata["tokens"] == "150"
+    assert result["spearman"]["learned"] > result["spearman"]["keydiff"]
     assert (tmp_path / "report.png").exists()

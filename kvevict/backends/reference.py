@@ -23,6 +23,7 @@ __all__ = [
     "keep_counts",
     "key_norm_scores",
     "keydiff_scores",
+    "kv_scores",
     "left_blocks",
     "mlp_scores",
     "move_flags",
@@ -126,6 +127,51 @@ def keydiff_scores(
         anchor = total / finite.sum(2, keepdim=True)
     scores = -F.cosine_similarity(_shrunk(keys), _shrunk(anchor.float())[:, :, None], dim=-1, eps=1e-8)
     out.copy_(scores.masked_fill(~finite, float("nan")).masked_fill(~inside, float("-inf")))
+
+
+def kv_scores(
+    keys: Tensor,
+    values: Tensor | None,
+    weights: Tensor | None,
+    inv_freq: Tensor,
+    positions: Tensor | None,
+    lengths: Tensor | None,
+    fitted: Tensor | None,
+    keydiff: Tensor | None,
+    table: Tensor | None = None,
+) -> None:
+    """Of k_i, the keys before RoPE: keydiff = -cos(k_i, a), a = mean_i k_i/‖k_i‖; and fitted = w · (k_i, v_i, ln ‖k_i‖,
+    ln ‖v_i‖, cos(k_i, a), 1), w [H, D + Dv + 4]; -inf beyond a row. positions [B, S] or [B, H, S]; None: 0 to S - 1.
+    What is not finite, or has no finite squared norm, is not in the mean, and its scores are NaN."""
+    keys = _turned_back(_dense(keys, table).float(), inv_freq, positions)
+    inside = _inside(keys.shape[2], lengths, keys.device)
+    finite = keys.square().sum(-1).isfinite() & inside
+    keys = keys.masked_fill(~finite[..., None], 0.0)
+    mean = F.normalize(keys, dim=-1, eps=1e-12).sum(2, keepdim=True) / finite.sum(2)[..., None, None]
+    cosine = F.cosine_similarity(keys, mean, dim=-1, eps=1e-8)
+    if keydiff is not None:
+        keydiff.copy_((-cosine).masked_fill(~finite, float("nan")).masked_fill(~inside, float("-inf")))
+    if fitted is not None:
+        assert values is not None and weights is not None
+        values = _dense(values, table).float()
+        finite &= values.square().sum(-1).isfinite()
+        values = values.masked_fill(~finite[..., None], 0.0)
+        log_norms = (x.norm(dim=-1, keepdim=True).clamp(min=1e-12).log() for x in (keys, values))
+        one = torch.ones_like(cosine)[..., None]
+        features = torch.cat([keys, values, *log_norms, cosine[..., None], one], -1)
+        scores = torch.einsum("bhsf,hf->bhs", features, weights)
+        fitted.copy_(scores.masked_fill(~finite, float("nan")).masked_fill(~inside, float("-inf")))
+
+
+def _turned_back(keys: Tensor, inv_freq: Tensor, positions: Tensor | None) -> Tensor:
+    """Keys as they were before RoPE turned elements j and j + R/2 of the one at position p by the angle p · θ_j."""
+    if positions is None:
+        positions = torch.arange(keys.shape[2], device=keys.device)[None]
+    angle = positions.view(positions.shape[0], -1, keys.shape[2], 1).double() * inv_freq.double()
+    cosine, sine = angle.cos().float(), angle.sin().float()
+    pairs = inv_freq.shape[0]
+    x, y, still = keys[..., :pairs], keys[..., pairs : 2 * pairs], keys[..., 2 * pairs :]
+    return torch.cat([x * cosine + y * sine, y * cosine - x * sine, still], -1)
 
 
 def key_norm_scores(keys: Tensor, lengths: Tensor | None, out: Tensor, table: Tensor | None = None) -> None:

@@ -7,6 +7,7 @@ from kvevict.kernels.decode_attention import decode_attention
 from kvevict.kernels.pool_scores import pool_scores
 from kvevict.kernels.score_attention import attention_lse, attention_mass
 from kvevict.kernels.score_keydiff import keydiff_scores
+from kvevict.kernels.score_kv import kv_scores
 from kvevict.kernels.score_mlp import mlp_scores
 from kvevict.kernels.score_norm import key_norm_scores
 from kvevict.kernels.select_topk import evict_slots, topk_adaptive, topk_indices
@@ -22,6 +23,7 @@ __all__ = [
     "keep_counts",
     "key_norm_scores",
     "keydiff_scores",
+    "kv_scores",
     "left_blocks",
     "mlp_scores",
     "move_flags",

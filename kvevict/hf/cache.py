@@ -21,10 +21,22 @@ from kvevict.hf.attention import NAME, SET_UP, set_up
 from kvevict.hf.choice import Choice, choose_together
 from kvevict.hf.layer import EvictingLayer, Eviction, new_tokens
 from kvevict.hf.static import StaticEvictingLayer
-from kvevict.policies import NAMED, RECOMMENDED, Budget, Hybrid, KeyDiff, Learned, Policy, Uniform
+from kvevict.policies import (
+    NAMED,
+    RECOMMENDED,
+    Budget,
+    Hybrid,
+    KeyDiff,
+    Learned,
+    LearnedKV,
+    ModelWide,
+    Policy,
+    Uniform,
+)
 
 logger = logging.getLogger("kvevict")
 POLICIES: dict[str, Policy] = {"recommended": RECOMMENDED} | NAMED
+LEARNED = "learned"  # the scorer that the package carries for the model
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,8 @@ class EvictingCache(Cache):
 
     Args:
         model: the model, or its config.
-        policy: what is worth keeping, or its name: "recommended", "keydiff", ...: a key of `kvevict.hf.cache.POLICIES`.
+        policy: what is worth keeping, or its name: "recommended", "keydiff", ...: a key of `kvevict.hf.cache.POLICIES`;
+            or "learned", the scorer that the package carries for the model.
         keep: a share (float in (0, 1]) or number (int) of the prompt's tokens, or a Budget, which shares it out over
             layers and heads.
         budget: tokens per layer, or a Budget with an int keep.
@@ -105,9 +118,13 @@ class EvictingCache(Cache):
         on_evict: Callable[[Eviction], None] | None = None,
         static: bool = False,
     ) -> None:
+        whole_config = getattr(model, "config", model)
+        if not hasattr(whole_config, "get_text_config"):
+            raise TypeError(f"model is a {type(model).__name__}: expected a transformers model or its config")
+        self._config = whole_config.get_text_config(decoder=True)
         if isinstance(policy, str):
-            validate.one_of("policy", policy, tuple(POLICIES))
-            policy = POLICIES[policy]
+            validate.one_of("policy", policy, (*POLICIES, LEARNED))
+            policy = LearnedKV.of_model(self._config) if policy == LEARNED else POLICIES[policy]
         policy = KeyDiff() if policy is None else policy
         if not isinstance(policy, Policy):
             raise TypeError(f"policy is {policy!r}: expected a kvevict.policies.Policy or its name")
@@ -119,7 +136,12 @@ class EvictingCache(Cache):
             policy = replace(policy, sink=pin)
         if budget is not None and not isinstance(budget, Budget):
             validate.integer("budget", budget, 1)
-        share = _as_budget(keep if budget is None else budget)
+        share = _as_budget(keep if budget is None else budget, policy)
+        if budget is not None and policy.reads_positions:
+            raise ValueError(
+                f"budget is {budget}, with {type(policy).__name__}, which reads positions: expected keep=, because "
+                "they are not followed through a second eviction"
+            )
         if budget is not None and (not isinstance(share.keep, int) or share.keep <= pin):
             raise ValueError(f"budget is {share.keep}: expected an int number of tokens, more than pin, {pin}")
         if (
@@ -134,10 +156,6 @@ class EvictingCache(Cache):
                 f"static is True with budget {budget}, interval {interval} and {type(policy).__name__}: expected a "
                 "budget, an interval of at least 1, and a policy that reads keys alone"
             )
-        whole_config = getattr(model, "config", model)
-        if not hasattr(whole_config, "get_text_config"):
-            raise TypeError(f"model is a {type(model).__name__}: expected a transformers model or its config")
-        self._config = whole_config.get_text_config(decoder=True)
         self._static, self._unsettled, self._interval = static, 0, interval
         self.on_evict = on_evict
         self._retained: dict[int, Tensor] = {}
@@ -155,6 +173,10 @@ class EvictingCache(Cache):
         if of_heads:
             shares.check_served(self._config, self._policy, for_ever=budget is not None, static=static)
         shares.check_model(share, self._config)
+        if isinstance(policy, LearnedKV):
+            head_dim = getattr(self._config, "head_dim", None)
+            head_dim = head_dim or self._config.hidden_size // self._config.num_attention_heads
+            policy.check(self._config, len(layers), self._heads, head_dim)
         protected = sum(self._policy.protected)
         parts = shares.beforehand(share, len(full), self._heads, protected)
         self._unequal = of_heads or len(set(parts)) > 1
@@ -305,7 +327,7 @@ class EvictingCache(Cache):
         layers = self._evicting()
         if any(int(layer.get_seq_length()) == 0 for layer in layers):
             raise ValueError("the cache is empty: expected a cache after a forward")
-        budget = _as_budget(keep)
+        budget = _as_budget(keep, self._policy)
         policy = shares.policy_for(budget, self._policy)
         of_heads = shares.unequal_heads(budget, policy)
         if of_heads:
@@ -456,11 +478,11 @@ class EvictingCache(Cache):
         return self._evicting()
 
 
-def _as_budget(value: int | float | Budget | None) -> Budget:
+def _as_budget(value: int | float | Budget | None, policy: Policy) -> Budget:
     if isinstance(value, Budget):
         return value
     assert value is not None
-    return Uniform(value)
+    return ModelWide(value) if policy.spread == "model-wide" else Uniform(value)
 
 
 def _full_layers(config: Any, layers: list[Any]) -> list[int]:

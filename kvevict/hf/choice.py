@@ -91,8 +91,13 @@ def scored(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor | None]
         ValueError: what the policy reads was not noted.
     """
     name = type(policy).__name__
-    if not layer.watching and policy.needs:
+    if not layer.watching and policy.needs - {"values"}:
         raise ValueError(f"the prompt has been cut, and nothing was noted for {name} since")
+    if policy.reads_positions and layer.evicted:
+        raise ValueError(
+            f"{name} reads positions, which are not followed through an eviction: expected a cache that has kept all "
+            "of its tokens until now"
+        )
     for missing in layer.notes.missing():
         raise ValueError(f"{name} needs {missing}, and nothing was noted since tokens were cropped: run a forward")
     if layer.pages is not None:

@@ -57,7 +57,6 @@ class _Cache(DynamicCache):
         return keys, values
 
 
-@torch.no_grad()
 def repeat_scores(model: Any, input_ids: Tensor, prompt_ids: Tensor, *, chunk: int = 2048) -> list[Tensor]:
     """KVzip's score of every token of a context: the largest attention weight, over the queries of its repetition and
     the GQA group, in each layer. Without an S × S matrix.
@@ -74,6 +73,14 @@ def repeat_scores(model: Any, input_ids: Tensor, prompt_ids: Tensor, *, chunk: i
     Raises:
         ValueError: the model's attention cannot be ours, or it is over keys that are made of what is cached (MLA).
     """
+    return list(read_and_repeat(model, input_ids, prompt_ids, chunk=chunk)[1].values())
+
+
+@torch.no_grad()
+def read_and_repeat(
+    model: Any, input_ids: Tensor, prompt_ids: Tensor, *, chunk: int = 2048
+) -> tuple[DynamicCache, dict[int, Tensor]]:
+    """The cache of a context, and `repeat_scores` by layer index."""
     validate.tensor("input_ids", input_ids, 2, (torch.int64,))
     validate.tensor("prompt_ids", prompt_ids, 1, (torch.int64,), input_ids)
     validate.integer("chunk", chunk, 1)
@@ -96,9 +103,9 @@ def repeat_scores(model: Any, input_ids: Tensor, prompt_ids: Tensor, *, chunk: i
             model(torch.cat([prompt_ids.expand(B, -1), piece], 1), past_key_values=cache, logits_to_keep=1)
     finally:
         model.set_attn_implementation(before)
-    scores = []
+    scores = {}
     for i, scorer in scorers.items():
         if scorer.scores is None:
             raise ValueError(f"{name} does not attend over what layer {i} caches: expected a model without MLA")
-        scores.append(scorer.scores)
-    return scores
+        scores[i] = scorer.scores
+    return cache, scores

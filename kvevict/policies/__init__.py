@@ -6,6 +6,7 @@ from kvevict.policies.base import Policy
 from kvevict.policies.budgets import Budget, Fixed, LayerWide, ModelWide, Pyramid, Uniform, model_wide
 from kvevict.policies.keys import KeyDiff, KeyNorm
 from kvevict.policies.learned import Learned
+from kvevict.policies.learned_kv import LearnedKV
 from kvevict.policies.mixture import Hybrid
 from kvevict.policies.observed import Observed
 from kvevict.policies.order import LRU, Random, Recency
@@ -42,6 +43,7 @@ __all__ = [
     "KeyNorm",
     "LayerWide",
     "Learned",
+    "LearnedKV",
     "ModelWide",
     "Observed",
     "Policy",

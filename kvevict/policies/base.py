@@ -65,6 +65,16 @@ class Policy(abc.ABC):
         """The most queries, the last ones, that `scores` reads."""
         return 64 if "queries" in self.needs else 0
 
+    @property
+    def reads_positions(self) -> bool:
+        """Whether `scores` depends on where in the sequence a token was, None in Observed being its slot."""
+        return False
+
+    @property
+    def spread(self) -> str:
+        """How a plain number of tokens, or share, falls on a model: the same for all "layers", or "model-wide"."""
+        return "layers"
+
     def require_comparable(self, over: str) -> None:
         """A choice over the heads of a "layer", or of the whole "model", needs scores that mean the same there.
 

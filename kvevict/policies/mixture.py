@@ -48,6 +48,10 @@ class Hybrid(Policy):
         return max(sink for sink, _ in protections), max(recent for _, recent in protections)
 
     @property
+    def reads_positions(self) -> bool:
+        return any(policy.reads_positions for _, policy in self.parts)
+
+    @property
     def window(self) -> int:
         return max(policy.window for _, policy in self.parts)
 

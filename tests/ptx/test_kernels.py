@@ -293,3 +293,29 @@ def test_no_kernel_is_missing():
     here = pathlib.Path(__file__).read_text()
     launchers = set(kernels.__all__) - {"move_flags"}  # that one launches nothing
     assert [op for op in launchers if f'"{op}"' not in here] == []
+
+
+# Scores from keys before RoPE: sums of 256 products of unit size, and angles to 2⁻³² turns a position.
+
+
+def angles(pairs):
+    return 10_000.0 ** -(torch.arange(pairs) / pairs)
+
+
+@pytest.mark.parametrize("dtype, D, pairs, S", [(BF16, 128, 64, 1200), (E4M3, 80, 40, 77), (FP32, 64, 16, 77),
+                                                (BF16, 120, 60, 77)], ids=name)  # fmt: skip
+def test_kv_scores(dtype, D, pairs, S):
+    keys, values = (normal(2, 2, S, D, dtype=dtype, seed=seed) for seed in (0, 1))
+    weights = normal(2, 2 * D + 4, seed=2) / 8
+    lengths = torch.tensor([S, S // 3])
+    positions = torch.arange(S).expand(2, 2, S) + torch.tensor([0, 1000])[:, None]
+    scores = unwritten(2, 2, S), unwritten(2, 2, S)
+    arguments = keys, values, weights, angles(pairs), positions, lengths, *scores
+    assert_close("kv_scores", *arguments, out=(6, 7), error=3e-4)
+
+
+def test_keydiff_before_rope_in_pages():
+    keys, table = pages(2, 2, 70, 64, BF16)
+    out = unwritten(2, 2, table.shape[1] * 16)
+    arguments = keys, None, None, angles(32), None, torch.tensor([70, 33], dtype=torch.int32), None, out, table
+    assert_close("kv_scores", *arguments, out=(7,), error=1e-5)

@@ -270,7 +270,7 @@ class Translator:
         to, kind = self.parts[-2:]
         return self.assign(self.operands[0], f"{self.source(self.operands[1])}.astype({TYPES[to].__name__})", to)
 
-    @rule(r"cvt\.(rni|rzi|rmi|rpi)(\.ftz)?\.([su](8|16|32|64)|f32)\.f32")
+    @rule(r"cvt\.(rni|rzi|rmi|rpi)(\.ftz)?\.([su](8|16|32|64)|f32)\.f32|cvt\.(rni|rzi|rmi|rpi)\.[su](8|16|32|64)\.f64")
     def round(self):
         function = {"rni": "np.rint", "rzi": "np.trunc", "rmi": "np.floor", "rpi": "np.ceil"}[self.parts[1]]
         to, value = self.parts[-2], f"{function}({self.source(self.operands[1])})"
