@@ -96,17 +96,13 @@ def command(*arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--tokens", "700"], ["--model", "/no/such/model"], ["--epochs", "0"], ["--features", "other"]],
-    ids=" ".join,
-)
-@pytest.mark.parametrize("features", ["kv", "mlp"])
-def test_bad_options_end_in_one_line(arguments, features, tmp_path):
-    if features == "kv" and "--epochs" in arguments:
-        arguments = ["--text", str(tmp_path / "missing")]
-    given = ["--features", features, *arguments]
-    done = command(*given, "--out", str(tmp_path / "w"), "--report", str(tmp_path / "r"))
+    [["--tokens", "700"], ["--model", "/no/such/model"], ["--features", "mlp", "--epochs", "0"],
+     ["--features", "other"]], ids=" ".join,
+)  # fmt: skip
+def test_bad_options_end_in_one_line(arguments, tmp_path):
+    done = command(*arguments, "--out", str(tmp_path / "w"), "--report", str(tmp_path / "r"))
     assert done.returncode == 2 and done.stderr.startswith("kvevict train: "), done.stderr
-    assert arguments[0] in done.stderr or arguments[1] in done.stderr
+    assert arguments[-2] in done.stderr or arguments[-1] in done.stderr
 
 
 def test_smollm2_two_layers(tmp_path):
@@ -123,6 +119,7 @@ def test_smollm2_two_layers(tmp_path):
     assert (tmp_path / "report.png").exists()
 
 
+@pytest.mark.slow  # two readings of every text
 def test_smollm2_keys_and_values(tmp_path):
     """In tokens that are too few for a good scorer, but enough to rank better than KeyDiff."""
     done = command("--tokens", "300", "--length", "150", "--out", str(tmp_path / "w.safetensors"),
