@@ -75,7 +75,7 @@ def _load_turned_back(
     if positions is None:
         position = tokens.to(tl.int32)
     else:
-        row = b.to(tl.int64) * positions.stride_b + h.to(tl.int64) * positions.stride_h
+        row = b.to(tl.int64) * (positions.stride_b >> 1) + h.to(tl.int64) * (positions.stride_h >> 1)
         position = tl.load(positions.ptr + row + tokens, mask=here, other=0).to(tl.int32)
     cosine, sine = _cos_sin(position[:, None] * angles[None, :])
     first, second = _columns(PAIRS, keys.width, RUN, BLOCK_P)
@@ -209,7 +209,9 @@ def kv_scores(
     rows, row_lengths = rows_of(keys, table), per_row(lengths)
     places = None
     if positions is not None:
-        places = PerRow(positions, positions.stride(0), positions.stride(1) if positions.ndim == 3 else 0)
+        # Twice the strides and one, as those of a block table (rows.py): they grow with the length.
+        of_heads = 2 * positions.stride(1) + 1 if positions.ndim == 3 else 1
+        places = PerRow(positions, 2 * positions.stride(0) + 1, of_heads)
     grid, split = (B * H * config.splits,), (config.splits, config.chunk)
     sums = torch.empty((B * H, config.splits, 2, block_pairs), dtype=torch.float32, device=keys.device)
     counts = torch.empty((B * H, config.splits), dtype=torch.float32, device=keys.device)

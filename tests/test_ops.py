@@ -257,6 +257,19 @@ def test_opcheck():
     ops = torch.ops.kvevict
     calls = [
         (ops.keydiff_scores.default, (keys, None, True, lengths, torch.zeros(2, 2, 20, device=DEVICE))),
+        (
+            ops.kv_scores.default,
+            (
+                keys,
+                keys.clone(),
+                torch.randn(2, 36, device=DEVICE),
+                torch.ones(8, device=DEVICE),
+                None,
+                lengths,
+                torch.zeros(2, 2, 20, device=DEVICE),
+                torch.zeros(2, 2, 20, device=DEVICE),
+            ),
+        ),
         (ops.topk_indices.default, (scores, None, 1, 2, False, None, False, torch.zeros_like(indices))),
         (
             ops.topk_adaptive.default,
