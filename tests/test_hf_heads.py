@@ -158,6 +158,7 @@ def shares_of(kind, model, keep):
         "fixed by queries": (replace(RECOMMENDED, heads="each", sink=2, recent=4), Fixed(unequal(model), keep)),
         "layer-wide": (policy, LayerWide(keep, floor=0.1)),
         "adaptive": (SnapKV(variant="original", heads="adaptive", floor=0.0), keep),
+        "fixed per layer": (policy, Fixed(unequal(model), keep, per="layer")),
         "adaptive, unequal layers": (replace(policy, heads="adaptive"), Fixed(unequal(model), keep, per="layer")),
         "model-wide": (Norms(sink=2, recent=4), ModelWide(keep)),
     }[kind]
@@ -213,6 +214,21 @@ def test_a_padded_chunk_right_behind_the_cut():
     pair.forward(prompt(5, batch=3, seed=7), torch.tensor([[0] * 5, [0] * 3 + [1] * 2, [1] * 5], device=DEVICE))
     pair.decode(3)
     pair.check_holdings()
+
+
+@pytest.mark.parametrize("keep", [0.5, 12])
+@pytest.mark.parametrize("kind", [*KINDS, "fixed per layer"])
+def test_a_request_without_a_token_keeps_none(kind, keep):
+    model = tiny()
+    policy, budget = shares_of(kind, model, keep)
+    pair = Pair(model, policy, keep=budget)
+    pair.forward(prompt(24, batch=2), torch.tensor([[1] * 24, [0] * 24], device=DEVICE))
+    assert pair.counts(1) == [[0, 0]] * 3 and sum(map(sum, pair.counts(0))) == 3 * 2 * 12
+    pair.forward(prompt(6, batch=2, seed=1), torch.tensor([[1] * 6, [0] * 2 + [1] * 4], device=DEVICE))
+    pair.decode(1)
+    if policy.needs == set():
+        pair.cache.evict(budget)
+        pair.decode(1)
 
 
 @pytest.mark.parametrize("kind", ["fixed by queries", "layer-wide", "model-wide"])

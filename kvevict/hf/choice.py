@@ -37,14 +37,15 @@ def choose(layer: EvictingLayer, policy: Policy, keep: Keep) -> Choice:
     scores, lengths = scored(layer, policy)
     B, H, S = scores.shape
     if isinstance(keep, Tensor):
-        return _of_heads(layer, policy.choose(scores, keep.to(scores.device).expand(B, H), lengths))
-    if isinstance(keep, list):
+        indices = policy.choose(scores, keep.to(scores.device).expand(B, H), lengths)
+    elif isinstance(keep, list):
         indices = _of_requests(policy, scores, keep, lengths)
     else:
         indices = policy.choose(scores, min(keep, S) if isinstance(keep, int) else keep, lengths)
-    if policy.heads == "adaptive" or layer.pages is not None:
-        return _of_heads(layer, indices)
-    return Choice(indices, None if layer.lengths is None else (indices[:, 0] >= 0).sum(-1))
+    indices, counts = _of_heads(layer, indices)
+    if isinstance(keep, Tensor) or policy.heads == "adaptive" or layer.pages is not None:
+        return Choice(indices, counts)
+    return Choice(indices, None if layer.lengths is None else counts[:, 0])
 
 
 def choose_together(layers: Sequence[EvictingLayer], policy: Policy, keep: int | float) -> list[Choice]:
@@ -65,13 +66,14 @@ def choose_together(layers: Sequence[EvictingLayer], policy: Policy, keep: int |
     keep = min(keep, S) if isinstance(keep, int) else keep
     sink, recent = policy.protected
     chosen = model_wide(scores, keep, sink=sink, recent=recent, lengths=lengths)
-    return [_of_heads(layer, indices.to(layer.keys.device)) for layer, indices in zip(layers, chosen, strict=True)]
+    return [Choice(*_of_heads(layer, indices.to(layer.keys.device))) for layer, indices in zip(layers, chosen, strict=True)]
 
 
-def _of_heads(layer: EvictingLayer, indices: Tensor) -> Choice:
+def _of_heads(layer: EvictingLayer, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """What was chosen, of the tokens that are there; and how many each head [B, H] keeps."""
     if layer.lengths is not None:  # a request without a token was taken to have one
         indices = indices.masked_fill(indices >= layer.tokens_of_heads()[..., None], -1)
-    return Choice(indices, (indices >= 0).sum(-1))
+    return indices, (indices >= 0).sum(-1)
 
 
 def _of_requests(policy: Policy, scores: Tensor, counts: list[int], lengths: Tensor | None) -> Tensor:

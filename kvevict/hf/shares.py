@@ -129,6 +129,7 @@ def of_layer(
 
 @functools.lru_cache(maxsize=256)  # every layer asks, of every request
 def _counts(budget: Budget, layers: int, heads: int, protected: int, tokens: int, most: int) -> tuple[Any, ...]:
+    tokens = max(tokens, 1)  # of a request without a token one is chosen, too, and not kept
     if most > tokens:  # a share of the mean, of which a head that holds more may keep more
         keep = min(budget.keep, tokens) if isinstance(budget.keep, int) else budget.keep
         budget, tokens = replace(budget, keep=validate.kept_tokens(keep, tokens, 0, 0)), most
