@@ -110,6 +110,12 @@ def test_fixed_per_layer_by_hand():
     assert Fixed(shares, 0.25).spread == "heads"
 
 
+@pytest.mark.parametrize("factor", [1e-30, 1e12])
+def test_only_the_ratios_of_shares_count(factor):
+    shares = factor * torch.tensor([[6.0, 4.0], [1.0, 9.0]])
+    assert Fixed(shares, 50).per_head(2, 2, 1000) == ((60, 40), (10, 90))
+
+
 def test_fixed_takes_the_shares_of_its_keep():
     """Measured at 0.2 and 0.6; a number of tokens is a share of those there are."""
     table = torch.tensor([[[0.1, 0.3]], [[0.6, 0.6]]])

@@ -31,6 +31,7 @@ from kvevict.policies import (
     KeyNorm,
     LayerWide,
     ModelWide,
+    Pyramid,
     Recency,
     Shares,
     SnapKV,
@@ -214,6 +215,15 @@ def test_a_padded_chunk_right_behind_the_cut():
     pair.forward(prompt(5, batch=3, seed=7), torch.tensor([[0] * 5, [0] * 3 + [1] * 2, [1] * 5], device=DEVICE))
     pair.decode(3)
     pair.check_holdings()
+
+
+@pytest.mark.parametrize("budget", [Fixed(torch.ones(3), 1), Fixed(torch.ones(3, 2), 1), Pyramid(1)])
+def test_one_token_and_all_of_them_are_not_the_same(ours, budget):  # noqa: F811
+    """1 == 1.0 in Python, and budgets are looked up."""
+    for keep, expected in ((1, 1), (1.0, 50)):
+        cache = EvictingCache(ours, KeyDiff(), keep=replace(budget, keep=keep))
+        generate(ours, prompt(50), new=1, past_key_values=cache)
+        assert [layer.kept for layer in cache.report()] == [expected] * 3
 
 
 @pytest.mark.parametrize("keep", [0.5, 12])

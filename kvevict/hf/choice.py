@@ -66,7 +66,8 @@ def choose_together(layers: Sequence[EvictingLayer], policy: Policy, keep: int |
     keep = min(keep, S) if isinstance(keep, int) else keep
     sink, recent = policy.protected
     chosen = model_wide(scores, keep, sink=sink, recent=recent, lengths=lengths)
-    return [Choice(*_of_heads(layer, indices.to(layer.keys.device))) for layer, indices in zip(layers, chosen, strict=True)]
+    own = (indices.to(layer.keys.device) for layer, indices in zip(layers, chosen, strict=True))
+    return [Choice(*_of_heads(layer, indices)) for layer, indices in zip(layers, own, strict=True)]
 
 
 def _of_heads(layer: EvictingLayer, indices: Tensor) -> tuple[Tensor, Tensor]:

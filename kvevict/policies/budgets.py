@@ -180,7 +180,8 @@ def _as_shares(shares: Tensor | Shares | str | pathlib.Path) -> Shares:
 
 def _shared_out(weights: Sequence[float], total: int, least: int, most: int) -> list[int]:
     """Counts as Fixed promises them. In integers: the same on every machine, and exact for any number of tokens."""
-    parts = [max(round(weight * 2**40), 1) for weight in weights]
+    largest = max(weights)
+    parts = [max(round(weight / largest * 2**40), 1) for weight in weights]  # at most: counts grow one by one with c
 
     def counts(c: int) -> list[int]:
         return [min(max((c * part) >> 64, least), most) for part in parts]
