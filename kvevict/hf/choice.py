@@ -58,7 +58,7 @@ def choose_together(layers: Sequence[EvictingLayer], policy: Policy, keep: int |
     device = given[0][0].device  # layers may lie on several
     scores, lengths = [of_layer.to(device) for of_layer, _ in given], given[0][1]
     S = max(of_layer.shape[2] for of_layer in scores)
-    if any(layer.pages is not None for layer in layers):  # layers and heads are of unequal length
+    if any(layer.pages is not None or layer.cached() != S for layer in layers):  # layers or heads are of unequal length
         lengths = torch.cat([layer.tokens_of_heads().to(device) for layer in layers], 1)
         scores = [
             torch.nn.functional.pad(of_layer, (0, S - of_layer.shape[2]), value=float("-inf")) for of_layer in scores
@@ -96,10 +96,10 @@ def scored(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor | None]
     name = type(policy).__name__
     if not layer.watching and policy.needs - {"values"}:
         raise ValueError(f"the prompt has been cut, and nothing was noted for {name} since")
-    if policy.reads_positions and layer.evicted:
+    if policy.reads_positions and (layer.evicted or layer.pages is not None):
         raise ValueError(
-            f"{name} reads positions, which are not followed through an eviction: expected a cache that has kept all "
-            "of its tokens until now"
+            f"{name} reads positions, which are not followed through an eviction or into pages: expected a cache that "
+            "has kept all of its tokens until now, as with keep=Uniform(1.0)"
         )
     for missing in layer.notes.missing():
         raise ValueError(f"{name} needs {missing}, and nothing was noted since tokens were cropped: run a forward")
