@@ -298,7 +298,7 @@ def test_a_budget_holds_for_ever(kind):
     pair.check_holdings()
 
 
-def test_a_layer_may_be_left_with_nothing():
+def test_a_layer_may_be_left_with_nothing(tmp_path):
     """Of all layers' best tokens none may be of one layer. It goes on, and is saved."""
     model = tiny()
     with torch.no_grad():
@@ -306,6 +306,9 @@ def test_a_layer_may_be_left_with_nothing():
     pair = Pair(model, Norms(sink=0, recent=0), keep=ModelWide(0.3))
     pair.forward(prompt(80))
     assert pair.counts()[1] == [0, 0] and sum(map(sum, pair.counts())) == 3 * 2 * 24
+    pair.cache.save_pretrained(tmp_path)
+    options = dict(keep=ModelWide(0.3), on_evict=pair.evicted, device=DEVICE)
+    pair.cache = EvictingCache.from_pretrained(tmp_path, model, Norms(sink=0, recent=0), **options)
     pair.cache.evict(0.9)
     pair.forward(prompt(6, seed=1))
     pair.decode(3)
@@ -409,6 +412,10 @@ def test_saved_caches_answer_as_before(mode, tmp_path):
     pair.forward(prompt(9, batch=3, seed=3))
     pair.check_holdings()
     assert len(pair.evictions) == 3 if mode == "keep" else len(pair.evictions) > 6
+    with pytest.raises(
+        ValueError, match=r"has heads of unequal length, and policy has heads 'shared': expected 'each'"
+    ):
+        EvictingCache.from_pretrained(tmp_path / "later", model, RECOMMENDED, budget=40, device=DEVICE)
     at_once = EvictingCache.from_pretrained(tmp_path / "at once", model, policy, device=DEVICE, **options)
     assert [layer.cached() for layer in at_once.layers] == [0] * 3
     assert at_once.get_seq_length() == 80
@@ -592,6 +599,16 @@ def test_decoding_makes_no_dense_copy(ours, monkeypatch):  # noqa: F811
         ours(prompt(1), past_key_values=cache)
     with pytest.raises(ValueError, match=r"layer 0 hold unequal numbers.*layers\[i\]\.whole\(\)"):
         list(cache)
+
+
+def test_the_smallest_share_of_a_head_holds_what_is_pinned():
+    model = tiny()
+    keep = Fixed(torch.tensor([[1.0, 1.0], [10.0, 10.0], [10.0, 10.0]]), 30)
+    for options in (dict(keep=keep), dict(budget=keep, interval=4)):
+        pair = Pair(model, KeyDiff(sink=0, recent=2), pin=16, **options)
+        pair.forward(prompt(100))
+        assert pair.counts() == [[18, 18], [36, 36], [36, 36]]
+        assert all(row[:16] == list(range(16)) for rows in pair.held.values() for row in rows[0])
 
 
 def test_unequal_layers_alone_need_no_pages(ours):  # noqa: F811

@@ -132,7 +132,9 @@ def generate_batch(
     if policy.needs:
         raise ValueError(f"policy needs {', '.join(sorted(policy.needs))}: expected one that reads keys alone")
     if policy.reads_positions:
-        raise ValueError(f"policy is a {type(policy).__name__} that reads positions, which nothing follows: expected none")
+        raise ValueError(
+            f"policy is a {type(policy).__name__} that reads positions, which nothing follows: expected none"
+        )
     if policy.heads == "adaptive":
         raise ValueError("policy has heads 'adaptive': expected 'each' or 'shared', for all heads have one block table")
     validate.integer("budget", budget, max(sum(policy.protected), 1))

@@ -120,7 +120,7 @@ def of_layer(
     """
     if isinstance(budget, (Uniform, LayerWide)):
         return budget.keep
-    counts = functools.partial(_counts, budget, type(budget.keep), layers, heads, protected)
+    counts = functools.partial(_counts, budget, isinstance(budget.keep, int), layers, heads, protected)
     if isinstance(tokens, list):
         told = [counts(count, most)[layer] for count in tokens]
     else:
@@ -130,9 +130,9 @@ def of_layer(
 
 @functools.lru_cache(maxsize=256)  # every layer asks, of every request
 def _counts(
-    budget: Budget, kind: type, layers: int, heads: int, protected: int, tokens: int, most: int
+    budget: Budget, in_tokens: bool, layers: int, heads: int, protected: int, tokens: int, most: int
 ) -> tuple[Any, ...]:
-    """kind: of `keep`, without which a budget of 1 token and one of all of them, 1.0, are one key of the cache."""
+    """in_tokens: as `keep` is; without it a budget of 1 token and one of all of them, 1.0, are one key of the cache."""
     tokens = max(tokens, 1)  # of a request without a token one is chosen, too, and not kept
     if most > tokens:  # a share of the mean, of which a head that holds more may keep more
         keep = min(budget.keep, tokens) if isinstance(budget.keep, int) else budget.keep

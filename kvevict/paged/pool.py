@@ -246,8 +246,8 @@ class PagedPool:
         self._check_unequal(chooser, keep)
         if chooser.reads_positions and min(state.lengths) < state.seen:
             raise ValueError(
-                f"policy is a {type(chooser).__name__} that reads positions, which are not followed through an eviction: "
-                f"expected a request that has kept all of its {state.seen} tokens"
+                f"policy is a {type(chooser).__name__} that reads positions, which no eviction follows: expected a "
+                f"request that has kept all of its {state.seen} tokens"
             )
         chosen = []
         for layer in layers:  # all layers are chosen before one is written
