@@ -110,6 +110,12 @@ def test_fixed_per_layer_by_hand():
     assert Fixed(shares, 0.25).spread == "heads"
 
 
+@pytest.mark.parametrize("factor", [1e-30, 1e12])
+def test_only_the_ratios_of_shares_count(factor):
+    shares = factor * torch.tensor([[6.0, 4.0], [1.0, 9.0]])
+    assert Fixed(shares, 50).per_head(2, 2, 1000) == ((60, 40), (10, 90))
+
+
 def test_fixed_takes_the_shares_of_its_keep():
     """Measured at 0.2 and 0.6; a number of tokens is a share of those there are."""
     table = torch.tensor([[[0.1, 0.3]], [[0.6, 0.6]]])
@@ -158,7 +164,7 @@ def fixed_by_steps(weights, total, least, most):
     """⌊c · weight⌋ within bounds by walking through every c at which a count changes, in fractions."""
     from fractions import Fraction
 
-    exact = [Fraction(max(round(w * 2**40), 1)) for w in weights]
+    exact = [Fraction(max(round(w / max(weights) * 2**40), 1)) for w in weights]
     best = [least] * len(exact)
     for c in sorted({Fraction(k) / w for w in exact for k in range(least + 1, most + 1)}):
         counts = [min(max(math.floor(c * w), least), most) for w in exact]
@@ -169,6 +175,11 @@ def fixed_by_steps(weights, total, least, most):
     for i in order[: total - sum(best)]:
         best[i] += 1
     return best
+
+
+def test_two_shares_that_grow_at_nearly_the_same_c():
+    """0.1 · 2⁴⁰ is rounded up, so that this head has its second token just before the other its fifth."""
+    assert budgets._shared_out([1.0, 1.0, 0.25, 0.125, 0.125, 0.1], 30, 1, 10) == [10, 10, 4, 2, 2, 2]
 
 
 @settings(max_examples=150, deadline=None)

@@ -106,6 +106,8 @@ def test_blocks_go_back_to_the_pool(plain, monkeypatch):  # noqa: F811
 def test_what_is_not_served_is_refused_and_nothing_is_left_behind(plain):  # noqa: F811
     for options, match in (
         (dict(policy=SnapKV(), budget=100), "policy needs queries"), (dict(budget=35), "budget is 35"),
+        (dict(policy=KeyDiff(rotary=[0.5] * 8), budget=40), "KeyDiff that reads positions"),
+        (dict(policy=KeyDiff(heads="adaptive"), budget=40), "policy has heads 'adaptive'"),
         (dict(budget=40, interval=-1), "interval is -1"), (dict(budget=40, policy="keydiff"), "policy is 'keydiff'"),
         (dict(budget=40, continuous_batching_config=ContinuousBatchingConfig(use_async_batching=True)), "use_async"),
         (dict(budget=40, continuous_batching_config=ContinuousBatchingConfig(use_cuda_graph=True)), "use_cuda_graph"),

@@ -31,6 +31,7 @@ from kvevict.policies import (
     KeyNorm,
     LayerWide,
     ModelWide,
+    Pyramid,
     Recency,
     Shares,
     SnapKV,
@@ -158,6 +159,7 @@ def shares_of(kind, model, keep):
         "fixed by queries": (replace(RECOMMENDED, heads="each", sink=2, recent=4), Fixed(unequal(model), keep)),
         "layer-wide": (policy, LayerWide(keep, floor=0.1)),
         "adaptive": (SnapKV(variant="original", heads="adaptive", floor=0.0), keep),
+        "fixed per layer": (policy, Fixed(unequal(model), keep, per="layer")),
         "adaptive, unequal layers": (replace(policy, heads="adaptive"), Fixed(unequal(model), keep, per="layer")),
         "model-wide": (Norms(sink=2, recent=4), ModelWide(keep)),
     }[kind]
@@ -213,6 +215,30 @@ def test_a_padded_chunk_right_behind_the_cut():
     pair.forward(prompt(5, batch=3, seed=7), torch.tensor([[0] * 5, [0] * 3 + [1] * 2, [1] * 5], device=DEVICE))
     pair.decode(3)
     pair.check_holdings()
+
+
+@pytest.mark.parametrize("budget", [Fixed(torch.ones(3), 1), Fixed(torch.ones(3, 2), 1), Pyramid(1)])
+def test_one_token_and_all_of_them_are_not_the_same(ours, budget):  # noqa: F811
+    """1 == 1.0 in Python, and budgets are looked up."""
+    for keep, expected in ((1, 1), (1.0, 50)):
+        cache = EvictingCache(ours, KeyDiff(), keep=replace(budget, keep=keep))
+        generate(ours, prompt(50), new=1, past_key_values=cache)
+        assert [layer.kept for layer in cache.report()] == [expected] * 3
+
+
+@pytest.mark.parametrize("keep", [0.5, 12])
+@pytest.mark.parametrize("kind", [*KINDS, "fixed per layer"])
+def test_a_request_without_a_token_keeps_none(kind, keep):
+    model = tiny()
+    policy, budget = shares_of(kind, model, keep)
+    pair = Pair(model, policy, keep=budget)
+    pair.forward(prompt(24, batch=2), torch.tensor([[1] * 24, [0] * 24], device=DEVICE))
+    assert pair.counts(1) == [[0, 0]] * 3 and sum(map(sum, pair.counts(0))) == 3 * 2 * 12
+    pair.forward(prompt(6, batch=2, seed=1), torch.tensor([[1] * 6, [0] * 2 + [1] * 4], device=DEVICE))
+    pair.decode(1)
+    if policy.needs == set():
+        pair.cache.evict(budget)
+        pair.decode(1)
 
 
 @pytest.mark.parametrize("kind", ["fixed by queries", "layer-wide", "model-wide"])
@@ -272,7 +298,7 @@ def test_a_budget_holds_for_ever(kind):
     pair.check_holdings()
 
 
-def test_a_layer_may_be_left_with_nothing():
+def test_a_layer_may_be_left_with_nothing(tmp_path):
     """Of all layers' best tokens none may be of one layer. It goes on, and is saved."""
     model = tiny()
     with torch.no_grad():
@@ -280,6 +306,9 @@ def test_a_layer_may_be_left_with_nothing():
     pair = Pair(model, Norms(sink=0, recent=0), keep=ModelWide(0.3))
     pair.forward(prompt(80))
     assert pair.counts()[1] == [0, 0] and sum(map(sum, pair.counts())) == 3 * 2 * 24
+    pair.cache.save_pretrained(tmp_path)
+    options = dict(keep=ModelWide(0.3), on_evict=pair.evicted, device=DEVICE)
+    pair.cache = EvictingCache.from_pretrained(tmp_path, model, Norms(sink=0, recent=0), **options)
     pair.cache.evict(0.9)
     pair.forward(prompt(6, seed=1))
     pair.decode(3)
@@ -317,6 +346,31 @@ def test_evicting_at_will_is_what_keep_does(kind):
     pair.cache.evict(1.0)
     assert pair.held == before
     pair.decode(1)
+
+
+def test_layers_of_unequal_length_choose_together():
+    model = tiny()
+    pair = Pair(model, Norms(sink=2, recent=4), budget=ModelWide(40), interval=4)
+    pair.forward(prompt(40))
+    pair.cache.evict(Fixed(torch.tensor([1.0, 2.0, 3.0]), 0.5))
+    assert pair.counts() == [[10, 10], [20, 20], [30, 30]]
+    pair.forward(prompt(30, seed=1))
+    assert sum(map(sum, pair.counts())) == 3 * 2 * 40 and len(pair.evictions) == 6
+    pair.decode(2)
+    pair.check_holdings()
+
+
+@torch.no_grad()
+def test_policies_that_read_positions_wait_for_a_prompt_in_chunks(ours):  # noqa: F811
+    """In pages the positions are not known, though all tokens are there."""
+    for keep in (Uniform(1.0), Fixed(unequal(ours), 1.0)):
+        cache = EvictingCache(ours, KeyDiff(rotary=[0.5] * 8), keep=keep)
+        for chunk in prompt(100).split(50, dim=1):
+            ours(chunk, past_key_values=cache)
+        if keep == Uniform(1.0):
+            cache.evict(Fixed(unequal(ours), 0.5))
+        with pytest.raises(ValueError, match=r"reads positions, .* expected .* keep=Uniform\(1\.0\)"):
+            cache.evict(0.5)
 
 
 def test_tokens_since_the_cut_can_be_cropped():
@@ -358,6 +412,10 @@ def test_saved_caches_answer_as_before(mode, tmp_path):
     pair.forward(prompt(9, batch=3, seed=3))
     pair.check_holdings()
     assert len(pair.evictions) == 3 if mode == "keep" else len(pair.evictions) > 6
+    with pytest.raises(
+        ValueError, match=r"has heads of unequal length, and policy has heads 'shared': expected 'each'"
+    ):
+        EvictingCache.from_pretrained(tmp_path / "later", model, RECOMMENDED, budget=40, device=DEVICE)
     at_once = EvictingCache.from_pretrained(tmp_path / "at once", model, policy, device=DEVICE, **options)
     assert [layer.cached() for layer in at_once.layers] == [0] * 3
     assert at_once.get_seq_length() == 80
@@ -541,6 +599,16 @@ def test_decoding_makes_no_dense_copy(ours, monkeypatch):  # noqa: F811
         ours(prompt(1), past_key_values=cache)
     with pytest.raises(ValueError, match=r"layer 0 hold unequal numbers.*layers\[i\]\.whole\(\)"):
         list(cache)
+
+
+def test_the_smallest_share_of_a_head_holds_what_is_pinned():
+    model = tiny()
+    keep = Fixed(torch.tensor([[1.0, 1.0], [10.0, 10.0], [10.0, 10.0]]), 30)
+    for options in (dict(keep=keep), dict(budget=keep, interval=4)):
+        pair = Pair(model, KeyDiff(sink=0, recent=2), pin=16, **options)
+        pair.forward(prompt(100))
+        assert pair.counts() == [[18, 18], [36, 36], [36, 36]]
+        assert all(row[:16] == list(range(16)) for rows in pair.held.values() for row in rows[0])
 
 
 def test_unequal_layers_alone_need_no_pages(ours):  # noqa: F811

@@ -449,6 +449,19 @@ def test_heads_of_a_pool_keep_and_free_their_own(reference):
     assert pages.statistics().free_blocks == 16
 
 
+@pytest.mark.parametrize("per_head", [False, True])
+def test_policies_that_read_positions_evict_once(per_head, reference):
+    """Afterwards a slot is not the position of its token."""
+    pages = pool(per_head=per_head)
+    pages.allocate("a")
+    pages.append("a", *tokens(9))
+    policy = KeyDiff(sink=0, recent=0, rotary=[0.5])
+    pages.evict("a", policy, 6)
+    with pytest.raises(ValueError, match="reads positions, .* expected a request that has kept all of its 9 tokens"):
+        pages.evict("a", policy, 3)
+    assert pages.length("a") == 6
+
+
 def test_bad_arguments_of_a_pool_per_head(reference):
     pages, plain = pool(per_head=True), pool()
     for each in (pages, plain):

@@ -92,7 +92,8 @@ class EvictingCache(Cache):
             layers and heads.
         budget: tokens per layer, or a Budget with an int keep.
         interval: with `budget`, how many tokens a layer may hold beyond it: eviction runs once in so many steps.
-        pin: the first so many tokens, such as a system prompt, are always kept.
+        pin: the first so many tokens, such as a system prompt, are always kept; but for a layer whose share is smaller
+            (Pyramid, Fixed with per="layer").
         on_evict: called with an `Eviction` after each eviction in each layer.
         static: buffers of budget + interval tokens per layer that are allocated once and never move, and decode steps
             of fixed shape, for torch.compile(fullgraph=True) and CUDA graphs. Needs `budget`, a policy that reads keys

@@ -37,14 +37,15 @@ def choose(layer: EvictingLayer, policy: Policy, keep: Keep) -> Choice:
     scores, lengths = scored(layer, policy)
     B, H, S = scores.shape
     if isinstance(keep, Tensor):
-        return _of_heads(layer, policy.choose(scores, keep.to(scores.device).expand(B, H), lengths))
-    if isinstance(keep, list):
+        indices = policy.choose(scores, keep.to(scores.device).expand(B, H), lengths)
+    elif isinstance(keep, list):
         indices = _of_requests(policy, scores, keep, lengths)
     else:
         indices = policy.choose(scores, min(keep, S) if isinstance(keep, int) else keep, lengths)
-    if policy.heads == "adaptive" or layer.pages is not None:
-        return _of_heads(layer, indices)
-    return Choice(indices, None if layer.lengths is None else (indices[:, 0] >= 0).sum(-1))
+    indices, counts = _of_heads(layer, indices)
+    if isinstance(keep, Tensor) or policy.heads == "adaptive" or layer.pages is not None:
+        return Choice(indices, counts)
+    return Choice(indices, None if layer.lengths is None else counts[:, 0])
 
 
 def choose_together(layers: Sequence[EvictingLayer], policy: Policy, keep: int | float) -> list[Choice]:
@@ -57,7 +58,7 @@ def choose_together(layers: Sequence[EvictingLayer], policy: Policy, keep: int |
     device = given[0][0].device  # layers may lie on several
     scores, lengths = [of_layer.to(device) for of_layer, _ in given], given[0][1]
     S = max(of_layer.shape[2] for of_layer in scores)
-    if any(layer.pages is not None for layer in layers):  # layers and heads are of unequal length
+    if any(layer.pages is not None or layer.cached() != S for layer in layers):  # layers or heads are of unequal length
         lengths = torch.cat([layer.tokens_of_heads().to(device) for layer in layers], 1)
         scores = [
             torch.nn.functional.pad(of_layer, (0, S - of_layer.shape[2]), value=float("-inf")) for of_layer in scores
@@ -65,13 +66,15 @@ def choose_together(layers: Sequence[EvictingLayer], policy: Policy, keep: int |
     keep = min(keep, S) if isinstance(keep, int) else keep
     sink, recent = policy.protected
     chosen = model_wide(scores, keep, sink=sink, recent=recent, lengths=lengths)
-    return [_of_heads(layer, indices.to(layer.keys.device)) for layer, indices in zip(layers, chosen, strict=True)]
+    own = (indices.to(layer.keys.device) for layer, indices in zip(layers, chosen, strict=True))
+    return [Choice(*_of_heads(layer, indices)) for layer, indices in zip(layers, own, strict=True)]
 
 
-def _of_heads(layer: EvictingLayer, indices: Tensor) -> Choice:
+def _of_heads(layer: EvictingLayer, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """What was chosen, of the tokens that are there; and how many each head [B, H] keeps."""
     if layer.lengths is not None:  # a request without a token was taken to have one
         indices = indices.masked_fill(indices >= layer.tokens_of_heads()[..., None], -1)
-    return Choice(indices, (indices >= 0).sum(-1))
+    return indices, (indices >= 0).sum(-1)
 
 
 def _of_requests(policy: Policy, scores: Tensor, counts: list[int], lengths: Tensor | None) -> Tensor:
@@ -93,10 +96,10 @@ def scored(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor | None]
     name = type(policy).__name__
     if not layer.watching and policy.needs - {"values"}:
         raise ValueError(f"the prompt has been cut, and nothing was noted for {name} since")
-    if policy.reads_positions and layer.evicted:
+    if policy.reads_positions and (layer.evicted or layer.pages is not None):
         raise ValueError(
-            f"{name} reads positions, which are not followed through an eviction: expected a cache that has kept all "
-            "of its tokens until now"
+            f"{name} reads positions, which are not followed through an eviction or into pages: expected a cache that "
+            "has kept all of its tokens until now, as with keep=Uniform(1.0)"
         )
     for missing in layer.notes.missing():
         raise ValueError(f"{name} needs {missing}, and nothing was noted since tokens were cropped: run a forward")

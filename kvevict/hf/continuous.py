@@ -118,7 +118,7 @@ def generate_batch(
 
     Args:
         model, inputs, options: as `model.generate_batch`.
-        policy: what is worth keeping, from keys (and values) alone; default KeyDiff.
+        policy: what is worth keeping, from keys (and values) alone, as many tokens for each head; default KeyDiff.
         budget, interval: tokens.
         continuous_batching_config: as there, without asynchronous batching, CUDA graphs and CPU offloading.
 
@@ -131,6 +131,12 @@ def generate_batch(
         raise TypeError(f"policy is {policy!r}: expected a kvevict.policies.Policy")
     if policy.needs:
         raise ValueError(f"policy needs {', '.join(sorted(policy.needs))}: expected one that reads keys alone")
+    if policy.reads_positions:
+        raise ValueError(
+            f"policy is a {type(policy).__name__} that reads positions, which nothing follows: expected none"
+        )
+    if policy.heads == "adaptive":
+        raise ValueError("policy has heads 'adaptive': expected 'each' or 'shared', for all heads have one block table")
     validate.integer("budget", budget, max(sum(policy.protected), 1))
     validate.integer("interval", interval, 0)
     config = continuous_batching_config or ContinuousBatchingConfig()

@@ -84,7 +84,7 @@ def _unpacked(own: dict[str, Tensor]) -> pages.Pages | None:
     if "pages.lengths" not in own:
         return None
     lengths = own["pages.lengths"]
-    longest = int(lengths.max())
+    longest = max(int(lengths.max()), 1)  # all heads may have kept nothing
     inside = pages.inside(lengths, longest)
     keys, values = (
         rows.new_zeros((*inside.shape, rows.shape[1])).masked_scatter_(inside[..., None], rows)
@@ -243,6 +243,11 @@ def _fill(layer: EvictingLayer, own: dict[str, Tensor], state: dict[str, Any]) -
             getattr(tracker, name).copy_(own[name])
         tracker.lengths, tracker.tokens_seen = own["tracker.lengths"], own["tracker.tokens_seen"]
         tracker.step = state["step"]
+    if layer.watching and layer.pages is not None and layer.policy.heads == "shared":
+        raise ValueError(
+            "has heads of unequal length, and policy has heads 'shared': expected 'each' or 'adaptive', for budget= is "
+            "to cut them again"
+        )
     if layer.watching and notes.missing():
         missing, name = notes.missing()[0], type(layer.policy).__name__
         raise ValueError(f"was saved without {missing}, which {name} reads: expected a cache of that policy")

@@ -120,15 +120,20 @@ def of_layer(
     """
     if isinstance(budget, (Uniform, LayerWide)):
         return budget.keep
+    counts = functools.partial(_counts, budget, isinstance(budget.keep, int), layers, heads, protected)
     if isinstance(tokens, list):
-        told = [_counts(budget, layers, heads, protected, count, most)[layer] for count in tokens]
+        told = [counts(count, most)[layer] for count in tokens]
     else:
-        told = _counts(budget, layers, heads, protected, tokens, most)[layer]
+        told = counts(tokens, most)[layer]
     return torch.tensor(told) if budget.spread == "heads" else told
 
 
 @functools.lru_cache(maxsize=256)  # every layer asks, of every request
-def _counts(budget: Budget, layers: int, heads: int, protected: int, tokens: int, most: int) -> tuple[Any, ...]:
+def _counts(
+    budget: Budget, in_tokens: bool, layers: int, heads: int, protected: int, tokens: int, most: int
+) -> tuple[Any, ...]:
+    """in_tokens: as `keep` is; without it a budget of 1 token and one of all of them, 1.0, are one key of the cache."""
+    tokens = max(tokens, 1)  # of a request without a token one is chosen, too, and not kept
     if most > tokens:  # a share of the mean, of which a head that holds more may keep more
         keep = min(budget.keep, tokens) if isinstance(budget.keep, int) else budget.keep
         budget, tokens = replace(budget, keep=validate.kept_tokens(keep, tokens, 0, 0)), most

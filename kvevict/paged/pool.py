@@ -244,6 +244,11 @@ class PagedPool:
         tables = [self.block_table([request], layer) for layer in layers]
         chooser = policy if isinstance(policy, Policy) else _Scored(score=policy)
         self._check_unequal(chooser, keep)
+        if chooser.reads_positions and min(state.lengths) < state.seen:
+            raise ValueError(
+                f"policy is a {type(chooser).__name__} that reads positions, which no eviction follows: expected a "
+                f"request that has kept all of its {state.seen} tokens"
+            )
         chosen = []
         for layer in layers:  # all layers are chosen before one is written
             keys, values = self.gather(request, layer)

@@ -126,7 +126,8 @@ class Fixed(Budget):
                 `keep`; the name of shares that the package carries, such as "smollm2-135m"; or a safetensors file of
                 `Shares.save` or `kvevict budgets`.
             keep: as in Budget.
-            per: "layer" takes the mean over a layer's heads. Shares [L] are of layers in any case.
+            per: "layer" takes the mean over a layer's heads, and may leave a layer fewer tokens than are protected, but
+                at least 1. Shares [L] are of layers in any case.
 
         Raises:
             TypeError, ValueError: no such shares; keep as in Budget.
@@ -180,12 +181,13 @@ def _as_shares(shares: Tensor | Shares | str | pathlib.Path) -> Shares:
 
 def _shared_out(weights: Sequence[float], total: int, least: int, most: int) -> list[int]:
     """Counts as Fixed promises them. In integers: the same on every machine, and exact for any number of tokens."""
-    parts = [max(round(weight * 2**40), 1) for weight in weights]
+    largest = max(weights)
+    parts = [max(round(weight / largest * 2**40), 1) for weight in weights]  # c is in 2⁻¹²⁸: unequal ones grow apart
 
     def counts(c: int) -> list[int]:
-        return [min(max((c * part) >> 64, least), most) for part in parts]
+        return [min(max((c * part) >> 128, least), most) for part in parts]
 
-    low, high = 0, ((most + 1) << 64) // min(parts) + 1  # with these, all keep the least, or the most
+    low, high = 0, ((most + 1) << 128) // min(parts) + 1  # with these, all keep the least, or the most
     while high - low > 1:
         middle = (low + high) // 2
         if sum(counts(middle)) <= total:
