@@ -13,7 +13,7 @@ from test_hf import prompt, reference_backend, tiny  # noqa: F401
 from kvevict.hf import EvictingCache
 from kvevict.hf.fit import RIDGE, _Sums, features, fit
 from kvevict.hf.rotary import before_rope, inv_freq
-from kvevict.policies import KeyDiff, LearnedKV, ModelWide, Observed, model_wide
+from kvevict.policies import KeyDiff, LearnedKV, ModelWide, Observed, Uniform, model_wide
 from kvevict.policies.learned_kv import mixed
 
 
@@ -216,6 +216,27 @@ def test_what_is_not_served_is_refused():
         model(prompt(60), past_key_values=cache)
         with pytest.raises(ValueError, match="positions, which are not followed through an eviction"):
             cache.evict(0.5)
+
+
+@torch.no_grad()
+def test_a_prompt_in_chunks_is_cut_when_it_has_been_read():
+    """keep=1.0 keeps all, in order: positions are slots still."""
+    model = tiny(head_dim=16)
+    policy = fitted_to(model, recent=4)
+    whole, pieces = (EvictingCache(model, policy, keep=keep) for keep in (0.25, 1.0))
+    model(prompt(60), past_key_values=whole)
+    for piece in prompt(60).split(20, dim=1):
+        model(piece, past_key_values=pieces)
+    pieces.evict(0.25)
+    for one, other in zip(whole.layers, pieces.layers, strict=True):
+        for a, b in zip(one.whole(), other.whole(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_a_plain_number_is_model_wide_unless_heads_say_otherwise():
+    model = tiny(head_dim=16)
+    for heads, kind in (("each", ModelWide), ("adaptive", Uniform), ("shared", Uniform)):
+        assert type(EvictingCache(model, fitted_to(model, heads=heads), keep=0.25)._budget) is kind
 
 
 def test_the_package_carries_smollm2s():

@@ -483,7 +483,8 @@ def _as_budget(value: int | float | Budget | None, policy: Policy) -> Budget:
     if isinstance(value, Budget):
         return value
     assert value is not None
-    return ModelWide(value) if policy.spread == "model-wide" else Uniform(value)
+    everything = isinstance(value, float) and value == 1.0  # of which there is nothing to share out
+    return ModelWide(value) if policy.spread == "model-wide" and not everything else Uniform(value)
 
 
 def _full_layers(config: Any, layers: list[Any]) -> list[int]:

@@ -27,7 +27,7 @@ class LearnedKV(Policy):
     KVzip's score (arXiv 2505.23416): the most attention that a token draws when the model repeats the text. As KVzap
     (arXiv 2601.07891), but linear, and without the hidden states. `kvevict.hf.fit` fits it; see `kvevict train`.
 
-    Scores compare over the heads and layers of the model: keep=0.1 alone means ModelWide(0.1).
+    Scores compare over the heads and layers of the model: with heads="each", keep=0.1 alone means ModelWide(0.1).
 
     Attributes:
         weights: [L, H, D + Dv + 4] float32, as `kvevict.ops.kv_scores` takes them; 0 for layers that do not grow.
@@ -55,7 +55,7 @@ class LearnedKV(Policy):
 
     @property
     def spread(self) -> str:
-        return "model-wide"
+        return "model-wide" if self.heads == "each" else "layers"
 
     def scores(self, seen: Observed) -> Tensor:
         assert seen.values is not None
