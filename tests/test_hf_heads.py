@@ -25,6 +25,7 @@ from kvevict.hf.pages import BLOCK_SIZE, Pages
 from kvevict.policies import (
     LRU,
     RECOMMENDED,
+    RECOMMENDED_FOR_SHARES,
     AttentionMass,
     Fixed,
     KeyDiff,
@@ -632,6 +633,13 @@ def test_the_kernels_in_the_interpreter():
         pair.cache.evict(0.5)
         pair.decode(1)
         pair.check_holdings()
+
+
+def test_recommended_by_name_lets_heads_choose_where_they_keep_their_own_number(ours):  # noqa: F811
+    of_heads = EvictingCache(ours, "recommended", keep=Fixed(torch.ones(3, 2), 0.5))
+    assert of_heads._policy is RECOMMENDED_FOR_SHARES
+    for keep in (0.5, Fixed(torch.ones(3, 2), 0.5, per="layer")):
+        assert EvictingCache(ours, "recommended", keep=keep)._policy is RECOMMENDED
 
 
 @pytest.mark.slow

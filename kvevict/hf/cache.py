@@ -24,6 +24,7 @@ from kvevict.hf.static import StaticEvictingLayer
 from kvevict.policies import (
     NAMED,
     RECOMMENDED,
+    RECOMMENDED_FOR_SHARES,
     Budget,
     Hybrid,
     KeyDiff,
@@ -126,6 +127,9 @@ class EvictingCache(Cache):
         if isinstance(policy, str):
             validate.one_of("policy", policy, (*POLICIES, LEARNED))
             policy = LearnedKV.of_model(self._config) if policy == LEARNED else POLICIES[policy]
+            given = budget if keep is None else keep
+            if policy is RECOMMENDED and isinstance(given, Budget) and given.spread == "heads":
+                policy = RECOMMENDED_FOR_SHARES
         policy = KeyDiff() if policy is None else policy
         if not isinstance(policy, Policy):
             raise TypeError(f"policy is {policy!r}: expected a kvevict.policies.Policy or its name")

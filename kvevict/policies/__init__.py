@@ -1,6 +1,8 @@
 """What is worth keeping: policies give scores and protection, budgets the number of tokens per layer and head, measured
 Shares what they follow, a Tracker notes what decoding does with each token."""
 
+from dataclasses import replace
+
 from kvevict.policies.attention import TOVA, AttentionMass, SnapKV
 from kvevict.policies.base import Policy
 from kvevict.policies.budgets import Budget, Fixed, LayerWide, ModelWide, Pyramid, Uniform, model_wide
@@ -30,10 +32,15 @@ NAMED: dict[str, Policy] = {
 # rank, and one selection for all heads of a layer.
 RECOMMENDED = Hybrid(parts=((0.5, TOVA()), (0.5, KeyDiff())), heads="shared")
 
+# Its scores where each head keeps a number of its own: with `Fixed` shares, which bring more than any scorer does
+# (bench/quality_shares.py). Where there is a LearnedKV for the model, that is better still.
+RECOMMENDED_FOR_SHARES = replace(RECOMMENDED, heads="each")
+
 __all__ = [
     "LRU",
     "NAMED",
     "RECOMMENDED",
+    "RECOMMENDED_FOR_SHARES",
     "TOVA",
     "AttentionMass",
     "Budget",
