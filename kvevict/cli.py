@@ -45,7 +45,7 @@ def demo(
         str, typer.Option(help="none: equal; or measured ones of the model: layers, or heads of each layer.")
     ] = "none",
     weights: Annotated[
-        pathlib.Path | None, typer.Option(help="Of the learned scorer; default: what train wrote.")
+        pathlib.Path | None, typer.Option(help="Of the learned scorer; default: what the package has for the model.")
     ] = None,
     device: Device = "cpu",
     output: Annotated[pathlib.Path, typer.Option(help="Where the picture goes.")] = pathlib.Path("kvevict-demo.png"),

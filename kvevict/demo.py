@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvevict import models
 from kvevict.backends import backend, pick
-from kvevict.policies import NAMED, Budget, Fixed, Learned, Policy
+from kvevict.policies import NAMED, Budget, Fixed, Learned, LearnedKV, Policy
 from kvevict.policies.shares import find
 
 if TYPE_CHECKING:  # the command line answers --help without transformers
@@ -62,7 +62,9 @@ def read(model, ids: Tensor, policy: Policy, advance: Callable[[int], object]) -
     """The whole cache after reading `ids`, with what the policy reads noted; advance(n): n more tokens are read."""
     from kvevict.hf import EvictingCache
 
-    cache = EvictingCache(model.config, policy, budget=ids.shape[1])
+    # A budget notes what the policy reads until it is asked; what reads positions needs a cache that was never cut.
+    target: dict[str, Any] = {"keep": 1.0} if policy.reads_positions else {"budget": ids.shape[1]}
+    cache = EvictingCache(model.config, policy, **target)
     with cache.noting_hidden(model):
         for chunk in ids.split(CHUNK, dim=1):
             model(chunk, past_key_values=cache, logits_to_keep=1)
@@ -156,18 +158,19 @@ def draw(rows: list[Row], seen: int, output: pathlib.Path) -> None:
         plt.close(figure)
 
 
-def chosen_policies(name: str, weights: pathlib.Path) -> dict[str, Policy]:
-    """The policy called `name`, or all; "learned" from its weights, left out of all where there are none.
+def chosen_policies(name: str, weights: pathlib.Path | None) -> dict[str, Policy]:
+    """The policy called `name`, or all; "learned" from its weights, which are of the package where None are given:
+    then the model says which (`add_learned`).
 
     Raises:
         kvevict.models.Unavailable: unknown name, no weights or damaged ones.
     """
     trained: dict[str, Policy] = {}
-    if name == "learned" or (name == "all" and weights.exists()):
+    if weights is not None and name in ("learned", "all"):
         try:
-            trained = {"learned": Learned.load(weights)}
+            trained = {"learned": _load(weights)}
         except (OSError, ValueError) as error:
-            raise models.Unavailable(f"--policy is {name}, without weights ({error}): run `kvevict train`") from error
+            raise models.Unavailable(f"--policy is {name}, without weights: {error}") from error
     if name == "all":
         return NAMED | trained
     if name == "learned":
@@ -175,6 +178,27 @@ def chosen_policies(name: str, weights: pathlib.Path) -> dict[str, Policy]:
     if name not in NAMED:
         raise models.Unavailable(f"--policy is {name}: expected one of {', '.join(NAMED)}, learned, all")
     return {name: NAMED[name]}
+
+
+def _load(weights: pathlib.Path) -> Policy:
+    """Either kind of learned scorer."""
+    try:
+        return LearnedKV.load(weights)
+    except ValueError:
+        return Learned.load(weights)
+
+
+def add_learned(policies: dict[str, Policy], name: str, config: Any) -> None:
+    """The scorer that the package has for the model, where it is asked for by name or among all.
+
+    Raises:
+        kvevict.models.Unavailable: it is asked for by name, and there is none.
+    """
+    try:
+        policies["learned"] = LearnedKV.of_model(config)
+    except ValueError as error:
+        if name == "learned":
+            raise models.Unavailable(f"--policy is learned: {error}") from error
 
 
 def shared_out(shares: str, model: Any, keep: float) -> float | Budget:
@@ -233,9 +257,7 @@ def run(
         raise models.Unavailable(f"--output is {output}: expected a file in an existing folder")
     if shares not in SHARES:
         raise models.Unavailable(f"--shares is {shares}: expected one of {', '.join(SHARES)}")
-    policies = chosen_policies(policy_name, weights or weights_path(model_name))
-    if shares == "heads":
-        policies = {name: replace(policy, heads="each") for name, policy in policies.items()}
+    policies = chosen_policies(policy_name, weights)
     body = models.read_text(text)
     models.known_device(device)
     where = pick(torch.device(device)).__name__.rpartition(".")[2]
@@ -248,6 +270,10 @@ def run(
         loading = progress.add_task(f"loading {model_name}", total=None)
         model, tokenizer = models.load(model_name, device)
         progress.remove_task(loading)
+        if policy_name in ("learned", "all") and weights is None:
+            add_learned(policies, policy_name, model.config)
+        if shares == "heads":
+            policies = {name: replace(policy, heads="each") for name, policy in policies.items()}
         budgets = [shared_out(shares, model, share) for share in keep]
         if shares != "none" or any(policy.needs - {"hidden"} for policy in policies.values()):
             model.set_attn_implementation(NAME)
@@ -265,7 +291,7 @@ def run(
                     shrunk, indices, seconds = evicted(cache, budget)
                 except ValueError as error:
                     raise models.Unavailable(f"--policy is {name} with --shares {shares}: {error}") from error
-                if beside and shares == "none":
+                if beside and shares == "none" and policy.spread == "layers":
                     heads = zip(kept_by_kernels(cache, share)[0], indices[0][0], strict=True)
                     same += sum(int(torch.isin(*both).sum()) for both in heads)
                     compared += indices[0].numel()
@@ -290,7 +316,7 @@ def run(
         table.add_row(row.policy, kept, str(row.tokens), *mib, time_ms, f"{row.loss:.4f}", row.answer)
     console.print(table)
     if policy_name == "all" and "learned" not in policies:
-        console.print("without learned, which has no weights here: `kvevict train` makes them")
+        console.print("without learned, which the package has not for this model: `kvevict train` makes it")
     console.print(f"backend: {where}")
     console.print(f"the right answer: {ANSWER.strip()}   loss: nats per token of it   picture: {output}")
     draw(rows, tokens, output)

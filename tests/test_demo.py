@@ -12,7 +12,7 @@ pytest.importorskip("typer")
 import kvevict
 import kvevict.hf  # its attention
 from kvevict import demo, models
-from kvevict.policies import NAMED, Fixed
+from kvevict.policies import NAMED, Fixed, LearnedKV
 
 
 def command(*arguments):
@@ -49,10 +49,19 @@ def test_text_too_short():
         demo.build_prompt(Words(), "a" * 1000, 9)
 
 
-def test_learned_without_weights_says_what_to_run(tmp_path):
+def test_learned_is_the_packages_or_what_is_given(tmp_path):
+    from transformers import LlamaConfig
+
+    policies = demo.chosen_policies("all", None)
+    assert set(policies) == set(NAMED) and demo.chosen_policies("learned", None) == {}
+    demo.add_learned(policies, "all", LlamaConfig())
+    assert "learned" not in policies
     with pytest.raises(models.Unavailable, match="kvevict train"):
+        demo.add_learned(policies, "learned", LlamaConfig())
+    with pytest.raises(models.Unavailable, match="without weights"):
         demo.chosen_policies("learned", tmp_path / "none")
-    assert set(demo.chosen_policies("all", tmp_path / "none")) == set(NAMED)
+    LearnedKV(weights=torch.ones(1, 1, 36), inv_freq=torch.ones(8)).save(tmp_path / "given")
+    assert isinstance(demo.chosen_policies("all", tmp_path / "given")["learned"], LearnedKV)
 
 
 @torch.no_grad()

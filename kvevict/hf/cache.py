@@ -289,7 +289,7 @@ class EvictingCache(Cache):
 
     def _watch_for_chunks(self, new: int) -> None:
         layer = self._evicting()[0]
-        if self._after_cut is None or layer.keep is None or not layer.compressed:
+        if self._after_cut is None or layer.keep is None or not layer.evicted:
             return
         self._after_cut = None if new == 1 or layer.record_past else self._after_cut + new
         if self._after_cut is not None and 2 * self._after_cut > layer.kept() + new:
