@@ -170,6 +170,7 @@ def attention_mass(
     causal: bool = True,
     reduce: str = "mean",
     normalize: str | None = None,
+    min_distance: int = 0,
     lengths: Tensor | None = None,
 ) -> Tensor:
     """How much attention each key draws from the queries of its GQA group, without an S × S matrix.
@@ -188,15 +189,19 @@ def attention_mass(
             request is shorter than W); "max"; "square", the sum of squares (KV-Compress, arXiv 2410.00161).
         normalize: "count" takes account of how many queries see a key (under `causal` the last key has one): "mean"
             averages over those alone, "sum" and "square" are divided by their number.
+        min_distance: only queries at least so many tokens later count for a key ("far" attention), also where their
+            number is taken account of; 0 counts all that see it. The softmax stays that over all keys. A key that no
+            such query sees, such as the last `min_distance` ones, draws 0: protect it with `recent`.
         lengths: [B] or [B, H], see the module.
 
     Returns:
         [B, H, S] float32; -inf beyond a request's length.
 
     Raises:
-        TypeError, ValueError: as `attention_lse`; also normalize="count" with reduce="max".
+        TypeError, ValueError: as `attention_lse`; also normalize="count" with reduce="max", min_distance without
+            causal.
     """
-    return _mass(_dense(keys, lengths), queries, scale, lse, causal, reduce, normalize)
+    return _mass(_dense(keys, lengths), queries, scale, lse, causal, reduce, normalize, min_distance)
 
 
 def decode_attention(
@@ -703,18 +708,24 @@ def _lse(cache: _Cache, queries: Tensor, scale: float, causal: bool) -> Tensor:
     return out
 
 
-def _mass(cache: _Cache, queries, scale, lse, causal: bool, reduce: str, normalize: str | None) -> Tensor:
+def _mass(
+    cache: _Cache, queries, scale, lse, causal: bool, reduce: str, normalize: str | None, min_distance: int = 0
+) -> Tensor:
     queries = validate.queries(queries, cache.shape, cache.keys)
     scale = validate.softmax_scale(scale, queries.shape[3])
     validate.flag("causal", causal)
     _check_mass(queries, lse, reduce, normalize)
+    validate.integer("min_distance", min_distance, 0)
+    if min_distance and not causal:
+        raise ValueError(f"min_distance is {min_distance}: expected 0, because causal is False and queries look ahead")
     trusted = lse is None
     if lse is None:
         lse = _lse(cache, queries, scale, causal)
     out = torch.empty(cache.shape[:3], dtype=torch.float32, device=queries.device)
     torch.ops.kvevict.attention_mass(
-        queries, cache.keys, lse, scale, causal, reduce, normalize == "count", cache.lengths, trusted, out, cache.table
-    )
+        queries, cache.keys, lse, scale, causal, reduce, normalize == "count", cache.lengths, trusted, out, cache.table,
+        min_distance,
+    )  # fmt: skip
     return out
 
 

@@ -95,7 +95,7 @@ def launch_moves(S, D, dtype, offset=0):
 
 
 def launch_attention(S, D, dtype, offset=0):
-    """The whole prompt, a short window and a decode step, with a group of 4."""
+    """The whole prompt, a decode step and far attention in a window, with a group of 4."""
     from kvevict.backends import triton as backend
 
     keys, values = cache(S, D, dtype, offset)
@@ -104,6 +104,8 @@ def launch_attention(S, D, dtype, offset=0):
         queries, lse = torch.empty(2, 16, W, D, dtype=dtype), torch.empty(2, 16, W)
         backend.attention_lse(queries, keys, 0.1, True, None, lse)
         backend.attention_mass(queries, keys, lse, 0.1, True, "mean", True, None, out)
+    window, lse = torch.empty(2, 16, 64, D, dtype=dtype), torch.empty(2, 16, 64)
+    backend.attention_mass(window, keys, lse, 0.1, True, "mean", True, None, out, None, 32)
     query = torch.empty(2, 16, 1, D, dtype=dtype)
     used = torch.empty(2, 4, S, dtype=torch.int32)
     result = torch.empty(2, 16, 1, D, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)

@@ -77,18 +77,20 @@ def test_scores_are_the_dense_ones(block_size, layout, dtype):
                 assert (scores[b, :, length:] == float("-inf")).all()
 
 
+@pytest.mark.parametrize("min_distance", [0, 3])
 @pytest.mark.parametrize("block_size, layout", PAGES)
-def test_attention_is_the_dense_one(block_size, layout):
+def test_attention_is_the_dense_one(block_size, layout, min_distance):
     paged = Paged(block_size, layout)
     queries = torch.randn(4, 2 * H, 8, D, device=DEVICE)
-    masses = both(lambda: paged_attention_mass(queries, paged.keys, paged.table, paged.lengths, reduce="sum"))
+    options = dict(reduce="sum", min_distance=min_distance)
+    masses = both(lambda: paged_attention_mass(queries, paged.keys, paged.table, paged.lengths, **options))
     outputs = both(
         lambda: paged_decode_attention(queries[:, :, :1], paged.keys, paged.values, paged.table, paged.lengths)
     )
     for mass, output in zip(masses, outputs, strict=True):
         for b, keys, values in paged.requests():
             W = min(8, keys.shape[2])
-            expected = kvevict.attention_mass(queries[b : b + 1, :, :W].contiguous(), keys, reduce="sum")[0]
+            expected = kvevict.attention_mass(queries[b : b + 1, :, :W].contiguous(), keys, **options)[0]
             torch.testing.assert_close(mass[b, :, : keys.shape[2]], expected, rtol=1e-5, atol=1e-6)
             truth = F.scaled_dot_product_attention(queries[b : b + 1, :, :1], keys, values, enable_gqa=True)
             torch.testing.assert_close(output[b : b + 1], truth, rtol=1e-5, atol=1e-5)

@@ -244,23 +244,31 @@ def attention_mass(
     lengths: Tensor | None,
     out: Tensor,
     table: Tensor | None = None,
+    min_distance: int = 0,
 ) -> None:
     """The weights exp(logit - lse) that each key draws, reduced over queries and group ("square": the sum of their
-    squares); count: over the queries that see the key, instead of all (mean) or as a divisor (sum, square)."""
+    squares); count: over the queries that see the key, instead of all (mean) or as a divisor (sum, square).
+    min_distance, if causal: what is nearer to the key than so many tokens neither counts nor is counted."""
     keys = _dense(keys, table)
     (B, HQ, W, _), (H, S) = queries.shape, keys.shape[1:3]
     G = HQ // H
     out.zero_()
     for b, h, run, logits in _visible_logits(queries, keys, scale, causal, lengths):
         weights = (logits - lse[b, h * G : h * G + G, run, None]).exp()
-        row = out[b, h, : logits.shape[-1]]
+        length = logits.shape[-1]
+        if min_distance:
+            token = torch.arange(length, device=keys.device)
+            own = max(length - W, 0) + token[run]  # the queries' own tokens
+            weights = weights.masked_fill(own[:, None] - token < min_distance, 0.0)
+        row = out[b, h, :length]
         if reduce == "max":
             row.copy_(torch.maximum(row, weights.amax((0, 1))))
         else:
             row.add_((weights.square() if reduce == "square" else weights).sum((0, 1)))
     length = torch.full((B, 1, 1), S, device=keys.device) if lengths is None else lengths.view(B, -1, 1)
     valid = length.clamp(1, W)  # a head without tokens has no mass to divide
-    seen_by = (length - torch.arange(S, device=keys.device)).clamp(min=1).minimum(valid) if causal else valid
+    later = length - min_distance - torch.arange(S, device=keys.device)
+    seen_by = later.clamp(min=1).minimum(valid) if causal else valid
     if reduce == "mean":
         out.div_((seen_by if count else valid) * G)
     elif count:

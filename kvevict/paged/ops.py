@@ -108,13 +108,14 @@ def paged_attention_mass(
     causal: bool = True,
     reduce: str = "mean",
     normalize: str | None = None,
+    min_distance: int = 0,
 ) -> Tensor:
     """`kvevict.ops.attention_mass` on a paged cache.
 
     Args:
         queries: [B, Hq, W, D], the last W of each request; of one shorter than W the first ones, and padding.
         key_cache, block_tables, lengths: see the module.
-        scale, lse, causal, reduce, normalize: as there.
+        scale, lse, causal, reduce, normalize, min_distance: as there.
 
     Returns:
         [B, H, S] float32, -inf beyond a request's length.
@@ -122,7 +123,8 @@ def paged_attention_mass(
     Raises:
         TypeError, ValueError: as there.
     """
-    return ops._mass(_paged(key_cache, block_tables, lengths), queries, scale, lse, causal, reduce, normalize)
+    cache = _paged(key_cache, block_tables, lengths)
+    return ops._mass(cache, queries, scale, lse, causal, reduce, normalize, min_distance)
 
 
 def paged_decode_attention(
