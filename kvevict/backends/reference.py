@@ -255,12 +255,12 @@ def attention_mass(
     out.zero_()
     for b, h, run, logits in _visible_logits(queries, keys, scale, causal, lengths):
         weights = (logits - lse[b, h * G : h * G + G, run, None]).exp()
-        length = logits.shape[-1]
+        end = logits.shape[-1]
         if min_distance:
-            token = torch.arange(length, device=keys.device)
-            own = max(length - W, 0) + token[run]  # the queries' own tokens
+            token = torch.arange(end, device=keys.device)
+            own = max(end - W, 0) + token[run]  # the queries' own tokens
             weights = weights.masked_fill(own[:, None] - token < min_distance, 0.0)
-        row = out[b, h, :length]
+        row = out[b, h, :end]
         if reduce == "max":
             row.copy_(torch.maximum(row, weights.amax((0, 1))))
         else:
