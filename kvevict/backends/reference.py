@@ -141,8 +141,8 @@ def kv_scores(
     table: Tensor | None = None,
 ) -> None:
     """Of k_i, the keys before RoPE: keydiff = -cos(k_i, a), a = mean_i k_i/‖k_i‖; and fitted = w · (k_i, v_i, ln ‖k_i‖,
-    ln ‖v_i‖, cos(k_i, a), 1), w [H, D + Dv + 4]; -inf beyond a row. positions [B, S] or [B, H, S]; None: 0 to S - 1.
-    What is not finite, or has no finite squared norm, is not in the mean, and its scores are NaN."""
+    ln ‖v_i‖, cos(k_i, a), 1), w [H, D + Dv + 4] or [B, H, ...]; -inf beyond a row. positions [B, S] or [B, H, S];
+    None: 0 to S - 1. What is not finite, or has no finite squared norm, is not in the mean, and its scores are NaN."""
     keys = _turned_back(_dense(keys, table).float(), inv_freq, positions)
     inside = _inside(keys.shape[2], lengths, keys.device)
     finite = keys.square().sum(-1).isfinite() & inside
@@ -159,7 +159,7 @@ def kv_scores(
         log_norms = (x.norm(dim=-1, keepdim=True).clamp(min=1e-12).log() for x in (keys, values))
         one = torch.ones_like(cosine)[..., None]
         features = torch.cat([keys, values, *log_norms, cosine[..., None], one], -1)
-        scores = torch.einsum("bhsf,hf->bhs", features, weights)
+        scores = torch.einsum("bhsf,bhf->bhs", features, weights.expand(len(keys), -1, -1))
         fitted.copy_(scores.masked_fill(~finite, float("nan")).masked_fill(~inside, float("-inf")))
 
 
