@@ -670,7 +670,7 @@ def _keydiff(cache: _Cache, anchor: str | Tensor, inv_freq: Tensor | None, posit
             raise ValueError("inv_freq is None: expected RoPE's frequencies, because positions are given")
         return _scores(cache, anchor)
     if not isinstance(anchor, str) or anchor != "unit":
-        what = repr(anchor) if isinstance(anchor, str) else "a tensor"
+        what = "a tensor" if isinstance(anchor, Tensor) else repr(anchor)
         raise ValueError(f"anchor is {what}: expected 'unit' with inv_freq, the mean of the keys before RoPE")
     return _kv_scores(cache, None, inv_freq, positions, keydiff=True)[1]
 

@@ -7,6 +7,7 @@ from kvevict import paged
 DENSE = (
     scores.keydiff_scores,
     scores.key_norm_scores,
+    scores.kv_scores,
     scores.mlp_scores,
     scores.pool_scores,
     scores.combine_scores,
@@ -21,6 +22,7 @@ DENSE = (
 )
 PAGED = (
     pages.paged_scores,
+    pages.paged_kv_scores,
     pages.paged_attention_mass,
     pages.paged_decode_attention,
     pages.paged_compact,
