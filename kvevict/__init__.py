@@ -16,6 +16,8 @@ from kvevict.ops import (
     kv_scores,
     mlp_scores,
     pool_scores,
+    projected_norms,
+    quadratic_scores,
     topk_indices,
 )
 from kvevict.planner import plan
@@ -39,5 +41,7 @@ __all__ = [
     "mlp_scores",
     "plan",
     "pool_scores",
+    "projected_norms",
+    "quadratic_scores",
     "topk_indices",
 ]
