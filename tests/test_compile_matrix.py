@@ -17,7 +17,9 @@ SCRIPT = pathlib.Path(__file__).with_name("compile_only.py")
 READS_ROWS = {
     "partial_anchor_kernel", "keydiff_scores_kernel", "keydiff_row_kernel", "key_norm_kernel", "move_rows_kernel",
 }  # fmt: skip
-TILES = {"attention_lse_kernel", "attention_mass_kernel", "window_mass_kernel", "decode_run_kernel", "mlp_scores_kernel"}
+TILES = {
+    "attention_lse_kernel", "attention_mass_kernel", "window_mass_kernel", "decode_run_kernel", "mlp_scores_kernel",
+}  # fmt: skip
 READS_HALVES = {"rotary_anchor_kernel", "kv_scores_kernel"}  # of rows, whose 60 elements of 120 are not 16 bytes wide
 KERNELS = READS_ROWS | READS_HALVES | TILES | {
     "fill_holes_kernel", "select_row_kernel", "select_runs_kernel", "split_heads_kernel", "mean_heads_kernel",
