@@ -176,8 +176,8 @@ def _add_queries(
     valid, G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, MASKED: tl.constexpr,
     REDUCE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Add the weights of the query rows [begin, end) to `sums` [tokens, rows of a tile]. MASKED: some keys are later
-    than some of these queries."""
+    """Add the weights of the query rows [begin, end) to `sums` [tokens, rows of a tile]. MASKED: some of these queries
+    do not count for some keys. offset: the last key that query 0 counts for."""
     for start in range(begin, end, BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
         is_query = rows < valid * G
@@ -197,7 +197,8 @@ def _add_queries(
 
 @triton.jit
 def _finished(
-    sums, tokens, length, W, G: tl.constexpr, CAUSAL: tl.constexpr, REDUCE: tl.constexpr, COUNT: tl.constexpr
+    sums, tokens, length, W, min_distance,
+    G: tl.constexpr, CAUSAL: tl.constexpr, REDUCE: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """The mass of `tokens` from what was reduced [tokens, rows of a tile]."""
     valid = tl.minimum(length, W)  # queries of this request
@@ -205,9 +206,12 @@ def _finished(
         mass = tl.where(tl.sum((sums != sums).to(tl.int32), 1) > 0, float("nan"), tl.max(sums, 1))
     else:
         mass = tl.sum(sums, 1)
-    count = valid + tl.zeros_like(tokens)  # queries that see a key
+    count = valid + tl.zeros_like(tokens)  # queries that count for a key
     if CAUSAL:
-        count = tl.maximum(tl.minimum(length - tokens, count), 1)
+        seen_by = length - tokens
+        if min_distance is not None:
+            seen_by -= min_distance
+        count = tl.maximum(tl.minimum(seen_by, count), 1)
     if REDUCE == "mean":
         mass = mass / ((count if COUNT else valid) * G).to(tl.float32)
     elif COUNT:
@@ -215,9 +219,9 @@ def _finished(
     return tl.where(tokens < length, mass, float("-inf"))
 
 
-@triton.jit(do_not_specialize=_LENGTH_DEPENDENT + _LSE_STRIDES)
+@triton.jit(do_not_specialize=_LENGTH_DEPENDENT + _LSE_STRIDES + ["min_distance"])
 def attention_mass_kernel(
-    queries, keys, lse_ptr, lengths, mass_ptr, scale, W, S, H, lse_stride_b, lse_stride_h,
+    queries, keys, lse_ptr, lengths, mass_ptr, scale, W, S, H, lse_stride_b, lse_stride_h, min_distance,
     G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     CAUSAL: tl.constexpr, REDUCE: tl.constexpr, COUNT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -228,6 +232,8 @@ def attention_mass_kernel(
     length = row_length(lengths, b, h, S)
     offset = tl.maximum(length - W, 0)
     valid = tl.minimum(length, W)  # queries of this request
+    if min_distance is not None:
+        offset -= min_distance
     tokens = first + tl.arange(0, BLOCK_S)
     columns = tl.arange(0, BLOCK_D)
     is_key = tokens < length
@@ -236,7 +242,7 @@ def attention_mass_kernel(
     lse_ptr += b * lse_stride_b + h * G * lse_stride_h
 
     sums = tl.zeros([BLOCK_S, BLOCK_R], tl.float32)
-    all_see = tl.full([], 0, tl.int32)  # from this row on, every query sees every key of the block
+    all_see = tl.full([], 0, tl.int32)  # from this row on, every query counts for every key of the block
     rows = tl.where(first < length, valid * G, 0)  # a block of padding has nothing to add up
     if CAUSAL:
         some_see = tl.maximum(first - offset, 0) * G // BLOCK_R * BLOCK_R
@@ -251,13 +257,13 @@ def attention_mass_kernel(
         scale, offset, valid, G, BLOCK_D, BLOCK_R, False, REDUCE, COMPUTE,
     )  # fmt: skip
 
-    mass = _finished(sums, tokens, length, W, G, CAUSAL, REDUCE, COUNT)
+    mass = _finished(sums, tokens, length, W, min_distance, G, CAUSAL, REDUCE, COUNT)
     tl.store(mass_ptr + row * S + tokens, mass, mask=tokens < S)
 
 
-@triton.jit(do_not_specialize=_LENGTH_DEPENDENT + _LSE_STRIDES + ["splits", "chunk"])
+@triton.jit(do_not_specialize=_LENGTH_DEPENDENT + _LSE_STRIDES + ["min_distance", "splits", "chunk"])
 def window_mass_kernel(
-    queries, keys, lse_ptr, lengths, mass_ptr, scale, W, S, H, lse_stride_b, lse_stride_h, splits, chunk,
+    queries, keys, lse_ptr, lengths, mass_ptr, scale, W, S, H, lse_stride_b, lse_stride_h, min_distance, splits, chunk,
     G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     CAUSAL: tl.constexpr, REDUCE: tl.constexpr, COUNT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -265,6 +271,8 @@ def window_mass_kernel(
     b, h = row // H, row % H
     length = row_length(lengths, b, h, S)
     offset = tl.maximum(length - W, 0)
+    if min_distance is not None:
+        offset -= min_distance
     columns = tl.arange(0, BLOCK_D)
     rows = tl.arange(0, BLOCK_R)
     is_query = rows < tl.minimum(length, W) * G
@@ -285,7 +293,7 @@ def window_mass_kernel(
             weights = tl.where(tokens[:, None] <= offset + (rows // G)[None, :], weights, 0.0)
         if REDUCE == "square":
             weights = weights * weights
-        mass = _finished(weights, tokens, length, W, G, CAUSAL, REDUCE, COUNT)
+        mass = _finished(weights, tokens, length, W, min_distance, G, CAUSAL, REDUCE, COUNT)
         tl.store(mass_ptr + row * S + tokens, mass, mask=tokens < end)
 
 
@@ -328,14 +336,17 @@ def attention_mass(
     lengths: torch.Tensor | None,
     out: torch.Tensor,
     table: torch.Tensor | None = None,
+    min_distance: int = 0,
 ) -> None:
     """Fill out [B, H, S] float32 with the weights exp(scale · q·k_i - lse) reduced over queries and group; -inf at and
-    beyond a row's length. lse [B, Hq, W], last dimension contiguous; count: divide by the queries that see a key."""
+    beyond a row's length. lse [B, Hq, W], last dimension contiguous; count: divide by the queries that count for a key,
+    those that see it. min_distance > 0, with causal: only those at least so many tokens later count."""
     (_, HQ, W, _), (B, H, S, D) = queries.shape, cache_shape(keys, table)
     G = HQ // H
     compute, size = dot_type(queries)
     options = dict(G=G, CAUSAL=causal, REDUCE=reduce, COUNT=count, COMPUTE=compute)
-    sizes = (scale * _LOG2_E.value, W, S, H, *lse.stride()[:2])
+    distance = min(min_distance, S) or None  # int32; None leaves it out of the code
+    sizes = (scale * _LOG2_E.value, W, S, H, *lse.stride()[:2], distance)
     rows = (rows_of(queries), rows_of(keys, table), lse, per_row(lengths), out)
     window = window_mass_config(B * H, W * G, S, D, size, multiprocessors(keys.device))
     if window is not None:

@@ -134,10 +134,10 @@ def _direction(sums_ptr, counts_ptr, first, parts, BLOCK_P: tl.constexpr, BLOCK_
     return x * inverse, y * inverse
 
 
-@triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
+@triton.jit(do_not_specialize=[*_LENGTH_DEPENDENT, "weights_stride_b"])
 def kv_scores_kernel(
-    keys, values, lengths, positions, inv_freq_ptr, weights_ptr, sums_ptr, counts_ptr, fitted_ptr, keydiff_ptr,
-    S, H, splits, chunk,
+    keys, values, lengths, positions, inv_freq_ptr, weights_ptr, weights_stride_b, sums_ptr, counts_ptr, fitted_ptr,
+    keydiff_ptr, S, H, splits, chunk,
     PAIRS: tl.constexpr, RUN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -148,7 +148,7 @@ def kv_scores_kernel(
     first, second = _columns(PAIRS, keys.width, RUN, BLOCK_P)
     value_columns = tl.arange(0, BLOCK_V)
     if weights_ptr is not None:
-        weights_ptr += h.to(tl.int64) * (keys.width + values.width + 4)
+        weights_ptr += b.to(tl.int64) * weights_stride_b + h.to(tl.int64) * (keys.width + values.width + 4)
         pair_there = tl.arange(0, BLOCK_P) < keys.width // 2
         weight_x = tl.load(weights_ptr + first, mask=pair_there, other=0.0)
         weight_y = tl.load(weights_ptr + second, mask=pair_there, other=0.0)
@@ -195,8 +195,8 @@ def kv_scores(
 ) -> None:
     """Fill `fitted` and `keydiff` [B, H, S] float32, where they are given; -inf at and beyond a row's length.
 
-    values and weights [H, D + Dv + 4] float32 are given with `fitted`. inv_freq [R/2] float32: θ of each pair.
-    positions [B, S] or [B, H, S] int, None: 0 to S - 1.
+    values and weights [H, D + Dv + 4] or [B, H, ...] float32 are given with `fitted`. inv_freq [R/2] float32: θ of
+    each pair. positions [B, S] or [B, H, S] int, None: 0 to S - 1.
     """
     B, H, S, D = cache_shape(keys, table)
     config = score_config(B * H, S, D, keys.element_size(), multiprocessors(keys.device), two_passes=False)
@@ -217,7 +217,9 @@ def kv_scores(
     counts = torch.empty((B * H, config.splits), dtype=torch.float32, device=keys.device)
     rotary_anchor_kernel[grid](rows, row_lengths, places, inv_freq, sums, counts, S, H, *split, **options)
     value_rows = None if values is None else rows_of(values, table)
+    of_request = weights.stride(0) if weights is not None and weights.ndim == 3 else 0
     kv_scores_kernel[grid](
-        rows, value_rows, row_lengths, places, inv_freq, weights, sums, counts, fitted, keydiff, S, H, *split,
+        rows, value_rows, row_lengths, places, inv_freq, weights, of_request, sums, counts, fitted, keydiff,
+        S, H, *split,
         BLOCK_V=1 if values is None else triton.next_power_of_2(values.shape[3]), **options,
     )  # fmt: skip

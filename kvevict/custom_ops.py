@@ -268,12 +268,15 @@ def _attention_lse_op(queries, keys, scale, causal, lengths, out, table=None):
 
 @_custom_op(
     "attention_mass(Tensor queries, Tensor keys, Tensor lse, float scale, bool causal, str reduce, bool count, "
-    "Tensor? lengths, bool trusted, Tensor(a!) out, Tensor? table=None) -> ()"
+    "Tensor? lengths, bool trusted, Tensor(a!) out, Tensor? table=None, SymInt min_distance=0) -> ()"
 )
-def _attention_mass_op(queries, keys, lse, scale, causal, reduce, count, lengths, trusted, out, table=None):
+def _attention_mass_op(
+    queries, keys, lse, scale, causal, reduce, count, lengths, trusted, out, table=None, min_distance=0
+):  # fmt: skip
     if not trusted:
         _check_lengths(lengths, keys, table)
-    _run("attention_mass", keys.device, queries, keys, lse, scale, causal, reduce, count, lengths, out, table)
+    options = (scale, causal, reduce, count)
+    _run("attention_mass", keys.device, queries, keys, lse, *options, lengths, out, table, min_distance)
 
 
 @_custom_op(

@@ -78,15 +78,7 @@ def keydiff_scores(
     Raises:
         TypeError, ValueError: see the module; values of `lengths` on a GPU are asserted on the device.
     """
-    cache = _dense(keys, lengths)
-    if inv_freq is None:
-        if positions is not None:
-            raise ValueError("inv_freq is None: expected RoPE's frequencies, because positions are given")
-        return _scores(cache, anchor)
-    if not isinstance(anchor, str) or anchor != "unit":
-        what = repr(anchor) if isinstance(anchor, str) else "a tensor"
-        raise ValueError(f"anchor is {what}: expected 'unit' with inv_freq, the mean of the keys before RoPE")
-    return _kv_scores(cache, None, inv_freq, positions, keydiff=True)[1]
+    return _keydiff(_dense(keys, lengths), anchor, inv_freq, positions)
 
 
 def kv_scores(
@@ -108,7 +100,8 @@ def kv_scores(
 
     Args:
         keys, values: [B, H, S, D], [B, H, S, Dv], keys after RoPE.
-        weights: [H, D + Dv + 4] float32: of k, v, the two logarithms, the cosine, and the constant.
+        weights: [H, D + Dv + 4] float32, or [B, H, D + Dv + 4]: of k, v, the two logarithms, the cosine, and the
+            constant.
         inv_freq: [R/2] float32, R ≤ D: the angle in radians by which a position turns elements j and j + R/2, as in
             `model.model.rotary_emb.inv_freq` of Llama and its kin; what lies beyond R is not turned.
         positions: [B, S] or [B, H, S] int32 or int64, of each cached token; None: 0 to S - 1.
@@ -170,6 +163,7 @@ def attention_mass(
     causal: bool = True,
     reduce: str = "mean",
     normalize: str | None = None,
+    min_distance: int = 0,
     lengths: Tensor | None = None,
 ) -> Tensor:
     """How much attention each key draws from the queries of its GQA group, without an S × S matrix.
@@ -188,15 +182,19 @@ def attention_mass(
             request is shorter than W); "max"; "square", the sum of squares (KV-Compress, arXiv 2410.00161).
         normalize: "count" takes account of how many queries see a key (under `causal` the last key has one): "mean"
             averages over those alone, "sum" and "square" are divided by their number.
+        min_distance: only queries at least so many tokens later count for a key ("far" attention), also where their
+            number is taken account of; 0 counts all that see it. The softmax stays that over all keys. A key that no
+            such query sees, such as the last `min_distance` ones, draws 0: protect it with `recent`.
         lengths: [B] or [B, H], see the module.
 
     Returns:
         [B, H, S] float32; -inf beyond a request's length.
 
     Raises:
-        TypeError, ValueError: as `attention_lse`; also normalize="count" with reduce="max".
+        TypeError, ValueError: as `attention_lse`; also normalize="count" with reduce="max", min_distance without
+            causal.
     """
-    return _mass(_dense(keys, lengths), queries, scale, lse, causal, reduce, normalize)
+    return _mass(_dense(keys, lengths), queries, scale, lse, causal, reduce, normalize, min_distance)
 
 
 def decode_attention(
@@ -666,6 +664,17 @@ def _scores(cache: _Cache, anchor: str | Tensor) -> Tensor:
     return out
 
 
+def _keydiff(cache: _Cache, anchor: str | Tensor, inv_freq: Tensor | None, positions: Tensor | None) -> Tensor:
+    if inv_freq is None:
+        if positions is not None:
+            raise ValueError("inv_freq is None: expected RoPE's frequencies, because positions are given")
+        return _scores(cache, anchor)
+    if not isinstance(anchor, str) or anchor != "unit":
+        what = repr(anchor) if isinstance(anchor, str) else "a tensor"
+        raise ValueError(f"anchor is {what}: expected 'unit' with inv_freq, the mean of the keys before RoPE")
+    return _kv_scores(cache, None, inv_freq, positions, keydiff=True)[1]
+
+
 def _kv_scores(cache: _Cache, weights, inv_freq, positions, keydiff: bool) -> tuple[Any, Any]:
     """(fitted, KeyDiff) scores: the former where there are weights, the latter where `keydiff`; None else."""
     B, H, S, D = cache.shape
@@ -682,8 +691,9 @@ def _kv_scores(cache: _Cache, weights, inv_freq, positions, keydiff: bool) -> tu
         if positions.shape != ((B, H, S) if ndim == 3 else (B, S)):
             raise ValueError(f"positions has shape {tuple(positions.shape)}: expected ({B}, {S}) or ({B}, {H}, {S})")
     if weights is not None:
-        weights = validate.tensor("weights", weights, 2, (torch.float32,), cache.keys).contiguous()
-        expected = (H, D + cache.values.shape[3] + 4)
+        ndim = 3 if isinstance(weights, Tensor) and weights.ndim == 3 else 2
+        weights = validate.tensor("weights", weights, ndim, (torch.float32,), cache.keys).contiguous()
+        expected = (B, H, D + cache.values.shape[3] + 4)[-ndim:]
         if weights.shape != expected:
             raise ValueError(f"weights has shape {tuple(weights.shape)}: expected {expected}, KV heads by features")
     scores = [torch.empty((B, H, S), dtype=torch.float32, device=cache.keys.device) for _ in range(2)]
@@ -703,18 +713,24 @@ def _lse(cache: _Cache, queries: Tensor, scale: float, causal: bool) -> Tensor:
     return out
 
 
-def _mass(cache: _Cache, queries, scale, lse, causal: bool, reduce: str, normalize: str | None) -> Tensor:
+def _mass(
+    cache: _Cache, queries, scale, lse, causal: bool, reduce: str, normalize: str | None, min_distance: int = 0
+) -> Tensor:
     queries = validate.queries(queries, cache.shape, cache.keys)
     scale = validate.softmax_scale(scale, queries.shape[3])
     validate.flag("causal", causal)
     _check_mass(queries, lse, reduce, normalize)
+    validate.integer("min_distance", min_distance, 0)
+    if min_distance and not causal:
+        raise ValueError(f"min_distance is {min_distance}: expected 0, because causal is False and queries look ahead")
     trusted = lse is None
     if lse is None:
         lse = _lse(cache, queries, scale, causal)
     out = torch.empty(cache.shape[:3], dtype=torch.float32, device=queries.device)
     torch.ops.kvevict.attention_mass(
-        queries, cache.keys, lse, scale, causal, reduce, normalize == "count", cache.lengths, trusted, out, cache.table
-    )
+        queries, cache.keys, lse, scale, causal, reduce, normalize == "count", cache.lengths, trusted, out, cache.table,
+        min_distance,
+    )  # fmt: skip
     return out
 
 

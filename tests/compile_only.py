@@ -95,7 +95,7 @@ def launch_moves(S, D, dtype, offset=0):
 
 
 def launch_attention(S, D, dtype, offset=0):
-    """The whole prompt, windows and a decode step, with a group of 4."""
+    """The whole prompt, windows, far attention in one, and a decode step, with a group of 4."""
     from kvevict.backends import triton as backend
 
     keys, values = cache(S, D, dtype, offset)
@@ -104,6 +104,8 @@ def launch_attention(S, D, dtype, offset=0):
         queries, lse = torch.empty(2, 16, W, D, dtype=dtype), torch.empty(2, 16, W)
         backend.attention_lse(queries, keys, 0.1, True, None, lse)
         backend.attention_mass(queries, keys, lse, 0.1, True, "mean", True, None, out)
+    window, lse = torch.empty(2, 16, 64, D, dtype=dtype), torch.empty(2, 16, 64)
+    backend.attention_mass(window, keys, lse, 0.1, True, "mean", True, None, out, None, 32)
     query = torch.empty(2, 16, 1, D, dtype=dtype)
     used = torch.empty(2, 4, S, dtype=torch.int32)
     result = torch.empty(2, 16, 1, D, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)
@@ -122,6 +124,9 @@ def launch_paged(S, D, dtype):
     out = torch.empty(2, 4, columns * 16)
     backend.keydiff_scores(keys, None, True, lengths, out, table)
     backend.key_norm_scores(keys, lengths, out, table)
+    inv_freq, places = torch.empty(D // 2), torch.empty(2, 4, columns * 16, dtype=torch.int64)
+    weights = torch.empty(2, 4, 2 * D + 4)
+    backend.kv_scores(keys, keys, weights, inv_freq, places, lengths, out, None, table)
     queries, lse = torch.empty(2, 16, 1, D, dtype=dtype), torch.empty(2, 16, 1)
     backend.attention_lse(queries, keys, 0.1, True, lengths, lse, table)
     backend.attention_mass(queries, keys, lse, 0.1, True, "mean", True, lengths, out, table)

@@ -48,6 +48,14 @@ def test_a_query_sees_its_own_key_and_none_behind(W, S, dtype):
         for mass in both(lambda given=given: kvevict.attention_mass(queries, keys, scale=1.0, lse=given, reduce="sum")):
             torch.testing.assert_close(mass[0, 0], torch.tensor(column, device=DEVICE), rtol=1e-4, atol=1e-6)
 
+    # exp(-4 d) of the query d tokens later is what a key draws most of those: the nearest one that counts, if any is.
+    for d in (1, 3, S - 1):
+        most = [max((math.exp(4 * i - float(expected[w])) for w in range(W) if S - W + w >= i + d), default=0.0)
+                for i in range(S)]  # fmt: skip
+        options = dict(scale=1.0, reduce="max", min_distance=d)
+        for mass in both(lambda options=options: kvevict.attention_mass(queries, keys, **options)):
+            torch.testing.assert_close(mass[0, 0], torch.tensor(most, device=DEVICE), rtol=1e-4, atol=0)
+
 
 def test_every_split_counts_in_the_anchor():
     splits, run, D = 9, 128, 512  # more splits than a tile of so wide keys holds

@@ -16,6 +16,7 @@ from kvevict.paged import (
     paged_compact,
     paged_decode_attention,
     paged_keydiff_compact,
+    paged_kv_scores,
     paged_scores,
 )
 from kvevict.policies import NAMED, KeyDiff, SnapKV
@@ -77,21 +78,84 @@ def test_scores_are_the_dense_ones(block_size, layout, dtype):
                 assert (scores[b, :, length:] == float("-inf")).all()
 
 
+@pytest.mark.parametrize("min_distance", [0, 3])
 @pytest.mark.parametrize("block_size, layout", PAGES)
-def test_attention_is_the_dense_one(block_size, layout):
+def test_attention_is_the_dense_one(block_size, layout, min_distance):
     paged = Paged(block_size, layout)
     queries = torch.randn(4, 2 * H, 8, D, device=DEVICE)
-    masses = both(lambda: paged_attention_mass(queries, paged.keys, paged.table, paged.lengths, reduce="sum"))
+    options = dict(reduce="sum", min_distance=min_distance)
+    masses = both(lambda: paged_attention_mass(queries, paged.keys, paged.table, paged.lengths, **options))
     outputs = both(
         lambda: paged_decode_attention(queries[:, :, :1], paged.keys, paged.values, paged.table, paged.lengths)
     )
     for mass, output in zip(masses, outputs, strict=True):
         for b, keys, values in paged.requests():
             W = min(8, keys.shape[2])
-            expected = kvevict.attention_mass(queries[b : b + 1, :, :W].contiguous(), keys, reduce="sum")[0]
+            expected = kvevict.attention_mass(queries[b : b + 1, :, :W].contiguous(), keys, **options)[0]
             torch.testing.assert_close(mass[b, :, : keys.shape[2]], expected, rtol=1e-5, atol=1e-6)
             truth = F.scaled_dot_product_attention(queries[b : b + 1, :, :1], keys, values, enable_gqa=True)
             torch.testing.assert_close(output[b : b + 1], truth, rtol=1e-5, atol=1e-5)
+
+
+def fitted(seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    inv_freq = 100.0 ** -torch.linspace(0, 1, D // 2)
+    return torch.randn(H, 2 * D + 4, generator=generator).to(DEVICE), inv_freq.to(DEVICE)
+
+
+@pytest.mark.parametrize("where", ["slots", "requests", "heads"])
+@pytest.mark.parametrize("block_size, layout", PAGES)
+def test_fitted_scores_are_the_dense_ones(block_size, layout, where):
+    """Positions: of slots that were never evicted, of each request's slots, of each head's."""
+    paged, (weights, inv_freq) = Paged(block_size, layout), fitted()
+    shape = (4, paged.S) if where == "requests" else (4, H, paged.S)
+    places = torch.randint(0, 4000, shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    given = None if where == "slots" else places
+    options = dict(inv_freq=inv_freq, positions=given)
+    cache = (paged.keys, paged.values, paged.table, paged.lengths)
+    alone = both(lambda: paged_scores(paged.keys, paged.table, paged.lengths, **options))
+    found = both(lambda: paged_kv_scores(*cache, weights, **options, return_keydiff=True))
+    for (scores, keydiff), keydiff_alone in zip(found, alone, strict=True):
+        assert scores.shape == (4, H, paged.S) and torch.equal(keydiff, keydiff_alone)
+        for b, keys, values in paged.requests():
+            n = keys.shape[2]
+            own = dict(inv_freq=inv_freq, positions=None if given is None else places[b : b + 1, ..., :n])
+            expected = kvevict.ops.kv_scores(keys, values, weights, **own, return_keydiff=True)
+            for got, wanted in zip((scores, keydiff), expected, strict=True):
+                torch.testing.assert_close(got[b, :, :n], wanted[0], rtol=1e-5, atol=5e-5)
+                assert (got[b, :, n:] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("as_requests", [False, True], ids=["tables of heads", "heads as requests"])
+def test_fitted_scores_of_heads_of_unequal_length(as_requests):
+    generator, lengths = torch.Generator().manual_seed(2), torch.tensor([[20, 0], [5, 31]])
+    weights, inv_freq = fitted()
+    keys, values = (torch.randn(12, 8, 1, D, generator=generator).to(DEVICE) for _ in range(2))
+    table = torch.full((2, H, 4), -1, dtype=torch.int32)
+    used = torch.arange(4) * 8 < lengths[..., None]
+    table[used] = torch.randperm(12, generator=generator)[: int(used.sum())].int()
+    places = torch.randint(0, 999, (2, H, 32), generator=generator).to(DEVICE)
+    table, lengths = table.to(DEVICE), lengths.to(DEVICE)
+    arguments = (table, lengths, weights)
+    positions = places
+    if as_requests:  # a request has a token: the head without any is left out
+        there = lengths.flatten() > 0
+        of_rows = weights.expand(2, H, -1).flatten(0, 1)[there, None]
+        arguments = (table.flatten(0, 1)[there], lengths.flatten()[there], of_rows)
+        positions = places.flatten(0, 1)[there]
+    options = dict(inv_freq=inv_freq, positions=positions)
+    for scores in both(lambda: paged_kv_scores(keys, values, *arguments, **options)):
+        if as_requests:
+            whole = torch.full((2 * H, 1, 32), float("-inf"), device=DEVICE)
+            whole[there] = scores
+            scores = whole.view(2, H, 32)
+        assert (scores[0, 1] == float("-inf")).all()
+        for b, h in ((0, 0), (1, 0), (1, 1)):
+            n = int(lengths[b, h])
+            rows = [x[table[b, h].long().clamp(min=0)].flatten(0, 1)[:n, 0][None, None] for x in (keys, values)]
+            own = dict(inv_freq=inv_freq, positions=places[b : b + 1, h, :n])
+            expected = kvevict.ops.kv_scores(*rows, weights[h : h + 1], **own)[0, 0]
+            torch.testing.assert_close(scores[b, h, :n], expected, rtol=1e-5, atol=5e-5)
 
 
 KEEPS = [0.5, 20, torch.tensor([35, 10, 1, 7])]
@@ -235,6 +299,7 @@ def test_bad_input_is_named_and_nothing_is_written():
     beyond = table.clone()
     beyond[0, 0] = len(keys)
     indices = torch.arange(5, device=DEVICE).expand(4, H, 5)
+    weights, angles = fitted()
     for call, match in [
         (lambda: paged_scores(keys[0], table, lengths), "key_cache has shape"),
         (lambda: paged_scores(keys, table.long(), lengths), "block_tables has dtype"),
@@ -246,6 +311,14 @@ def test_bad_input_is_named_and_nothing_is_written():
         (lambda: paged_keydiff_compact(keys, values, table, lengths, keep=1.5), "keep is 1.5"),
         (lambda: paged_keydiff_compact(keys, values, table, lengths, keep=4, sink=3, recent=2), "sink . recent"),
         (lambda: paged_keydiff_compact(keys, values, table, lengths, keep=lengths[:1]), "keep has shape"),
+        (lambda: paged_kv_scores(keys, keys, table, lengths, weights[:1], inv_freq=angles), "weights has shape"),
+        (
+            lambda: paged_kv_scores(keys, keys, table, lengths, weights, inv_freq=angles, positions=table),
+            "positions has shape",
+        ),
+        (lambda: paged_kv_scores(keys, keys, table, lengths, weights[None], inv_freq=angles), "weights has shape"),
+        (lambda: paged_scores(keys, table, lengths, anchor="raw", inv_freq=angles), "anchor is"),
+        (lambda: paged_scores(keys, table, lengths, positions=table), "inv_freq is None"),
         (lambda: paged_attention_mass(keys[:4, :1].transpose(1, 2), keys, table, lengths, reduce="min"), "reduce is"),
     ]:
         with pytest.raises((TypeError, ValueError), match=match):

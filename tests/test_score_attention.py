@@ -33,11 +33,13 @@ def weights(queries, keys, scale=None, causal=True):
     return logits.softmax(-1), logits.logsumexp(-1)
 
 
-def reduced(w, reduce, normalize, causal=True):
+def reduced(w, reduce, normalize, causal=True, min_distance=0):
     H, G, W, S = w.shape
     seen_by = torch.full((S,), W, device=w.device)
     if causal:
-        seen_by = (S - torch.arange(S, device=w.device)).clamp(max=W)
+        distance = (S - W + torch.arange(W, device=w.device))[:, None] - torch.arange(S, device=w.device)
+        counts = distance >= min_distance
+        w, seen_by = w * counts, counts.sum(0).clamp(min=1)
     if reduce == "max":
         return w.amax((1, 2))
     total = (w * w if reduce == "square" else w).sum((1, 2))
@@ -74,6 +76,19 @@ def test_options(reduce, causal):
                 torch.testing.assert_close(got[0].double(), expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("W", [150, 40, 1])
+@pytest.mark.parametrize("min_distance", [1, 32, 33, 500])
+def test_far_attention(min_distance, W):
+    queries, keys = inputs((1, 2, 150, 64), 3, W, torch.bfloat16)
+    w, _ = weights(queries, keys)
+    for reduce, normalize in [("mean", "count"), ("mean", None), ("max", None), ("sum", None), ("square", "count")]:
+        options = dict(reduce=reduce, normalize=normalize, min_distance=min_distance)
+        for got in both(lambda options=options: kvevict.attention_mass(queries, keys, **options)):
+            expected = reduced(w, reduce, normalize, True, min_distance)
+            torch.testing.assert_close(got[0].double(), expected, rtol=1e-4, atol=0)
+            assert (got[0, :, max(150 - min_distance, 0) :] == 0).all() and not got[0, :, :-min_distance].eq(0).any()
+
+
 def test_by_hand():
     """Two keys, two queries, logits ln 3 and 0: the last query gives 3/4 and 1/4, the first sees only its own key."""
     keys = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]], device=DEVICE)
@@ -81,8 +96,12 @@ def test_by_hand():
     for reduce, normalize, expected in [
         ("sum", None, [1.75, 0.25]), ("mean", None, [0.875, 0.125]), ("max", None, [1.0, 0.25]),
         ("square", None, [1.5625, 0.0625]), ("sum", "count", [0.875, 0.25]), ("mean", "count", [0.875, 0.25]),
+        ("sum", 1, [0.75, 0.0]), ("mean", 1, [0.75, 0.0]), ("max", 1, [0.75, 0.0]), ("max", 2, [0.0, 0.0]),
     ]:  # fmt: skip
         options = dict(scale=1, reduce=reduce, normalize=normalize)
+        if isinstance(normalize, int):  # far attention: one query is one token later than the first key
+            far = dict(min_distance=normalize, normalize="count" if reduce == "mean" else None)
+            options = dict(scale=1, reduce=reduce) | far
         for got in both(lambda o=options: kvevict.attention_mass(queries, keys, **o)):
             torch.testing.assert_close(got[0, 0], torch.tensor(expected, device=DEVICE))
 
@@ -95,7 +114,8 @@ def test_ragged_requests_are_as_if_alone(W):
     for b, length in enumerate(lengths.tolist()):
         keys[b, :, length:] = float("nan")
         queries[b, :, length:] = float("nan")
-    for options in (dict(), dict(normalize="count"), dict(causal=False), dict(reduce="sum")):
+    far = dict(min_distance=5, normalize="count")
+    for options in (dict(), dict(normalize="count"), dict(causal=False), dict(reduce="sum"), far):
         alone = [
             kvevict.attention_mass(queries[b : b + 1, :, :length], keys[b : b + 1, :, :length], **options)
             for b, length in enumerate(lengths.tolist())
@@ -197,6 +217,9 @@ BAD = {
     "normalize sum": dict(normalize="sum"),
     "normalize max": dict(normalize="count", reduce="max"),
     "lengths shape": dict(lengths=torch.tensor([5, 5])),
+    "min_distance negative": dict(min_distance=-1),
+    "min_distance float": dict(min_distance=2.0),
+    "min_distance not causal": dict(min_distance=2, causal=False),
 }
 if not HAS_GPU:
     BAD["lengths 11"] = dict(lengths=torch.tensor([11]))

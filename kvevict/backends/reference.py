@@ -141,8 +141,8 @@ def kv_scores(
     table: Tensor | None = None,
 ) -> None:
     """Of k_i, the keys before RoPE: keydiff = -cos(k_i, a), a = mean_i k_i/‖k_i‖; and fitted = w · (k_i, v_i, ln ‖k_i‖,
-    ln ‖v_i‖, cos(k_i, a), 1), w [H, D + Dv + 4]; -inf beyond a row. positions [B, S] or [B, H, S]; None: 0 to S - 1.
-    What is not finite, or has no finite squared norm, is not in the mean, and its scores are NaN."""
+    ln ‖v_i‖, cos(k_i, a), 1), w [H, D + Dv + 4] or [B, H, ...]; -inf beyond a row. positions [B, S] or [B, H, S];
+    None: 0 to S - 1. What is not finite, or has no finite squared norm, is not in the mean, and its scores are NaN."""
     keys = _turned_back(_dense(keys, table).float(), inv_freq, positions)
     inside = _inside(keys.shape[2], lengths, keys.device)
     finite = keys.square().sum(-1).isfinite() & inside
@@ -159,7 +159,7 @@ def kv_scores(
         log_norms = (x.norm(dim=-1, keepdim=True).clamp(min=1e-12).log() for x in (keys, values))
         one = torch.ones_like(cosine)[..., None]
         features = torch.cat([keys, values, *log_norms, cosine[..., None], one], -1)
-        scores = torch.einsum("bhsf,hf->bhs", features, weights)
+        scores = torch.einsum("bhsf,bhf->bhs", features, weights.expand(len(keys), -1, -1))
         fitted.copy_(scores.masked_fill(~finite, float("nan")).masked_fill(~inside, float("-inf")))
 
 
@@ -244,23 +244,31 @@ def attention_mass(
     lengths: Tensor | None,
     out: Tensor,
     table: Tensor | None = None,
+    min_distance: int = 0,
 ) -> None:
     """The weights exp(logit - lse) that each key draws, reduced over queries and group ("square": the sum of their
-    squares); count: over the queries that see the key, instead of all (mean) or as a divisor (sum, square)."""
+    squares); count: over the queries that see the key, instead of all (mean) or as a divisor (sum, square).
+    min_distance, if causal: what is nearer to the key than so many tokens neither counts nor is counted."""
     keys = _dense(keys, table)
     (B, HQ, W, _), (H, S) = queries.shape, keys.shape[1:3]
     G = HQ // H
     out.zero_()
     for b, h, run, logits in _visible_logits(queries, keys, scale, causal, lengths):
         weights = (logits - lse[b, h * G : h * G + G, run, None]).exp()
-        row = out[b, h, : logits.shape[-1]]
+        end = logits.shape[-1]
+        if min_distance:
+            token = torch.arange(end, device=keys.device)
+            own = max(end - W, 0) + token[run]  # the queries' own tokens
+            weights = weights.masked_fill(own[:, None] - token < min_distance, 0.0)
+        row = out[b, h, :end]
         if reduce == "max":
             row.copy_(torch.maximum(row, weights.amax((0, 1))))
         else:
             row.add_((weights.square() if reduce == "square" else weights).sum((0, 1)))
     length = torch.full((B, 1, 1), S, device=keys.device) if lengths is None else lengths.view(B, -1, 1)
     valid = length.clamp(1, W)  # a head without tokens has no mass to divide
-    seen_by = (length - torch.arange(S, device=keys.device)).clamp(min=1).minimum(valid) if causal else valid
+    later = length - min_distance - torch.arange(S, device=keys.device)
+    seen_by = later.clamp(min=1).minimum(valid) if causal else valid
     if reduce == "mean":
         out.div_((seen_by if count else valid) * G)
     elif count:

@@ -23,11 +23,15 @@ class Notes:
 
     def __init__(self, policy: Policy) -> None:
         self.tracked = bool(policy.needs & TRACKED)
+        self.reduce, self.min_distance = policy.noted
         self.window = policy.window
         self.wants_hidden = "hidden" in policy.needs
         self.tracker: Tracker | None = None
         self.queries: Tensor | None = None
         self.hidden: Tensor | None = None
+
+    def new_tracker(self, B: int, H: int, capacity: int, device: torch.device) -> Tracker:
+        return Tracker(B, H, capacity, device, reduce=self.reduce, min_distance=self.min_distance)
 
     def missing(self) -> list[str]:
         """What the policy reads and has not been noted."""
@@ -53,7 +57,7 @@ class Notes:
         which lie before the padding in query."""
         B, H, S = keys.shape[:3]
         if self.tracker is None:
-            self.tracker = Tracker(B, H, S, keys.device)
+            self.tracker = self.new_tracker(B, H, S, keys.device)
         self.tracker.reserve(S)
         self.tracker.append(count)
         self.tracker.observe(query, keys, scale=scale)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from kvevict.hf import pages
 from kvevict.hf.layer import EvictingLayer
-from kvevict.policies import Tracker
 
 FILE = "cache.safetensors"
 FORMAT = 3
@@ -237,7 +236,7 @@ def _fill(layer: EvictingLayer, own: dict[str, Tensor], state: dict[str, Any]) -
     notes.queries, notes.hidden = own.get("queries"), own.get("hidden")
     if "mass" in own:
         B, H, n = keys.shape[:3]
-        tracker = notes.tracker = Tracker(B, H, n, keys.device)
+        tracker = notes.tracker = notes.new_tracker(B, H, n, keys.device)
         tracker.append(n)  # so many at most
         for name in TRACKED:
             getattr(tracker, name).copy_(own[name])

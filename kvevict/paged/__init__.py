@@ -7,6 +7,7 @@ from kvevict.paged.ops import (
     paged_compact,
     paged_decode_attention,
     paged_keydiff_compact,
+    paged_kv_scores,
     paged_scores,
 )
 from kvevict.paged.pool import PagedPool, PoolExhausted, PoolStatistics
@@ -22,5 +23,6 @@ __all__ = [
     "paged_compact",
     "paged_decode_attention",
     "paged_keydiff_compact",
+    "paged_kv_scores",
     "paged_scores",
 ]

@@ -81,12 +81,21 @@ def _check_selection(
     return ops._check_selection((B, H, S), lengths, keep, sink, recent, heads, lengths, floor)
 
 
-def paged_scores(key_cache: Tensor, block_tables: Tensor, lengths: Tensor, *, anchor: str | Tensor = "unit") -> Tensor:
+def paged_scores(
+    key_cache: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    *,
+    anchor: str | Tensor = "unit",
+    inv_freq: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
     """`kvevict.ops.keydiff_scores` on a paged cache.
 
     Args:
         key_cache, block_tables, lengths: see the module.
         anchor: as there.
+        inv_freq, positions: as in `paged_kv_scores`.
 
     Returns:
         [B, H, S] float32, -inf beyond a request's length.
@@ -94,7 +103,42 @@ def paged_scores(key_cache: Tensor, block_tables: Tensor, lengths: Tensor, *, an
     Raises:
         TypeError, ValueError: see kvevict.ops; values of the tensors on a GPU are asserted on the device.
     """
-    return ops._scores(_paged(key_cache, block_tables, lengths), anchor)
+    return ops._keydiff(_paged(key_cache, block_tables, lengths), anchor, inv_freq, positions)
+
+
+def paged_kv_scores(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    weights: Tensor,
+    *,
+    inv_freq: Tensor,
+    positions: Tensor | None = None,
+    return_keydiff: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`kvevict.ops.kv_scores` on a paged cache.
+
+    Args:
+        key_cache, value_cache, block_tables, lengths: see the module.
+        weights: [H, D + Dv + 4] float32, the columns as there; [B, H, ...] where the rows of block_tables are heads of
+            one cache, of which each has its own.
+        inv_freq: as there.
+        positions: [B, S] or [B, H, S] int32 or int64: of the token in each slot, in the order of the request's slots.
+            None: slots are positions, as long as nothing has been evicted. Positions that lie in pages themselves
+            [num_blocks, block_size] are `positions[block_tables].flatten(-2)` with no negative block in the table.
+        return_keydiff: as there.
+
+    Returns:
+        [B, H, S] float32, -inf beyond a request's length; or (that, the KeyDiff scores likewise).
+
+    Raises:
+        TypeError, ValueError: as there.
+    """
+    validate.flag("return_keydiff", return_keydiff)
+    cache = _paged(key_cache, block_tables, lengths, value_cache)
+    fitted, keydiff = ops._kv_scores(cache, weights, inv_freq, positions, return_keydiff)
+    return (fitted, keydiff) if return_keydiff else fitted
 
 
 def paged_attention_mass(
@@ -108,13 +152,14 @@ def paged_attention_mass(
     causal: bool = True,
     reduce: str = "mean",
     normalize: str | None = None,
+    min_distance: int = 0,
 ) -> Tensor:
     """`kvevict.ops.attention_mass` on a paged cache.
 
     Args:
         queries: [B, Hq, W, D], the last W of each request; of one shorter than W the first ones, and padding.
         key_cache, block_tables, lengths: see the module.
-        scale, lse, causal, reduce, normalize: as there.
+        scale, lse, causal, reduce, normalize, min_distance: as there.
 
     Returns:
         [B, H, S] float32, -inf beyond a request's length.
@@ -122,7 +167,8 @@ def paged_attention_mass(
     Raises:
         TypeError, ValueError: as there.
     """
-    return ops._mass(_paged(key_cache, block_tables, lengths), queries, scale, lse, causal, reduce, normalize)
+    cache = _paged(key_cache, block_tables, lengths)
+    return ops._mass(cache, queries, scale, lse, causal, reduce, normalize, min_distance)
 
 
 def paged_decode_attention(

@@ -20,13 +20,18 @@ class AttentionMass(Policy):
     Reads the accumulated `mass` of a Tracker, or computes the prompt's from `queries` if there is none.
 
     Attributes:
+        reduce: "sum" over the queries, mean over the group; or "max" over both, the most that any query gave.
         normalize: "count" divides a token's mass by the number of queries that saw it, without which old tokens win by
-            age alone; None is the paper's sum.
+            age alone; None is the paper's sum, and goes with "max".
+        min_distance: only queries at least so many tokens later count, as in `kvevict.ops.attention_mass`; the last
+            `min_distance` tokens, which have none, stay.
         decay: what a Tracker multiplies the mass with at each decode step; plain H2O (1.0) freezes on old tokens.
         grace: a new token is not judged before it has been in the cache for so many tokens.
     """
 
+    reduce: str = "sum"
     normalize: str | None = "count"
+    min_distance: int = 0
     decay: float = 1.0
     grace: int = 32
     needs: ClassVar[frozenset[str]] = frozenset({"mass"})
@@ -34,22 +39,30 @@ class AttentionMass(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        validate.one_of("reduce", self.reduce, ("sum", "max"))
         if self.normalize is not None:
             validate.one_of("normalize", self.normalize, ("count",))
+            if self.reduce == "max":
+                raise ValueError("normalize is 'count': expected None with reduce='max', which has nothing to divide")
+        validate.integer("min_distance", self.min_distance, 0)
         validate.integer("grace", self.grace, 0)
         if not 0.0 <= validate.number("decay", self.decay) <= 1.0:
             raise ValueError(f"decay is {self.decay}: expected a number from 0 to 1")
 
     @property
     def protected(self) -> tuple[int, int]:
-        return self.sink, max(self.recent, self.grace)
+        return self.sink, max(self.recent, self.grace, self.min_distance)
+
+    @property
+    def noted(self) -> tuple[str, int]:
+        return self.reduce, self.min_distance
 
     def scores(self, seen: Observed) -> Tensor:
         mass = seen.mass
         assert mass is not None
         if self.normalize is None:
             return mass
-        return mass / (seen.sequence_length() - seen.order()).clamp(min=1.0)
+        return mass / (seen.sequence_length() - self.min_distance - seen.order()).clamp(min=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,6 +66,11 @@ class Policy(abc.ABC):
         return 64 if "queries" in self.needs else 0
 
     @property
+    def noted(self) -> tuple[str, int]:
+        """What `mass` is to be, where the policy reads it: a Tracker's `reduce` and `min_distance`."""
+        return "sum", 0
+
+    @property
     def reads_positions(self) -> bool:
         """Whether `scores` depends on where in the sequence a token was, None in Observed being its slot."""
         return False
@@ -95,7 +100,7 @@ class Policy(abc.ABC):
             TypeError, ValueError: something that the policy needs is missing; `keep` as in `kvevict.ops.topk_indices`.
         """
         if "mass" in self.needs:
-            seen = seen.with_prompt_mass()
+            seen = seen.with_prompt_mass(*self.noted)
         for name in sorted(self.needs):
             if getattr(seen, name) is None:
                 instead = ", or the queries of the whole prompt" if name == "mass" else ""

@@ -37,10 +37,22 @@ class Hybrid(Policy):
             validate.number("weight", weight)
             if not isinstance(policy, Policy):
                 raise TypeError(f"parts has {policy!r}: expected a Policy")
+        if len(self._noted()) > 1:
+            raise ValueError(
+                f"parts read mass of several kinds, {sorted(self._noted())}: expected one min_distance and "
+                "one reduce, as one mass is noted"
+            )
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset().union(*(policy.needs for _, policy in self.parts))
+
+    def _noted(self) -> set[tuple[str, int]]:
+        return {policy.noted for _, policy in self.parts if "mass" in policy.needs}
+
+    @property
+    def noted(self) -> tuple[str, int]:
+        return next(iter(self._noted()), super().noted)
 
     @property
     def protected(self) -> tuple[int, int]:

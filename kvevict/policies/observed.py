@@ -53,12 +53,16 @@ class Observed:
             return False
         return torch.arange(self.keys.shape[2], device=self.keys.device) >= self.ends()
 
-    def with_prompt_mass(self) -> Observed:
-        """Itself with `mass` filled in from the queries of the whole prompt, where there are any and mass is None."""
+    def with_prompt_mass(self, reduce: str = "sum", min_distance: int = 0) -> Observed:
+        """Itself with `mass` filled in from the queries of the whole prompt, where there are any and mass is None.
+        reduce, min_distance: as a Tracker takes them."""
         if self.mass is not None or self.queries is None or self.queries.shape[2] < self.keys.shape[2]:
             return self
-        mass = ops.attention_mass(self.queries, self.keys, lse=self.lse, reduce="sum", lengths=self.lengths)
-        return replace(self, mass=mass / (self.queries.shape[1] // self.keys.shape[1]))
+        mass = ops.attention_mass(
+            self.queries, self.keys, lse=self.lse, reduce=reduce, min_distance=min_distance, lengths=self.lengths
+        )
+        group = self.queries.shape[1] // self.keys.shape[1] if reduce == "sum" else 1
+        return replace(self, mass=mass / group)
 
     def last_queries(self, count: int) -> Tensor:
         """[B, Hq, ≤ count, D]: each request's last `count` queries."""

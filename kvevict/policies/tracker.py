@@ -15,8 +15,12 @@ class Tracker:
     The order of calls follows the cache's: `append` when tokens enter it, `observe` (a prompt or a chunk of one) or
     `attend` (a decode step) when queries read it, `compacted` or `overwrite` when tokens leave it.
 
+    Args:
+        reduce: "sum" of the attention over the queries, mean over the GQA group; or "max" over both.
+        min_distance: only queries at least so many tokens later count; the tokens between are to be cached still.
+
     Attributes:
-        mass: [B, H, capacity] float32, attention drawn so far, mean over the GQA group.
+        mass: [B, H, capacity] float32, attention drawn so far.
         last_used: [B, H, capacity] int32, the step of last use, -1 for never.
         positions: [B, H, capacity] int64, position in the sequence, -1 for no token.
         lengths: [B] int64, cached tokens of each request; [B, H] once heads have kept unequal numbers.
@@ -24,9 +28,21 @@ class Tracker:
         step: decode steps so far.
     """
 
-    def __init__(self, batch: int, heads: int, capacity: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        capacity: int,
+        device: torch.device | str = "cpu",
+        *,
+        reduce: str = "sum",
+        min_distance: int = 0,
+    ) -> None:
         for name, value in (("batch", batch), ("heads", heads), ("capacity", capacity)):
             validate.integer(name, value, 1)
+        validate.one_of("reduce", reduce, ("sum", "max"))
+        validate.integer("min_distance", min_distance, 0)
+        self.reduce, self.min_distance = reduce, min_distance
         shape = (batch, heads, capacity)
         self.mass = torch.zeros(shape, dtype=torch.float32, device=device)
         self.last_used = torch.full(shape, -1, dtype=torch.int32, device=device)
@@ -104,8 +120,13 @@ class Tracker:
         """Add the attention of a prompt's queries, or of a chunk's, to the mass: the last W of the cached tokens."""
         S, group = keys.shape[2], queries.shape[1] // keys.shape[1]
         lengths = self.lengths.clamp(min=1)  # a request may be empty still
-        mass = ops.attention_mass(queries, keys, scale=scale, lse=lse, reduce="sum", lengths=lengths)
-        self.mass[:, :, :S] += (mass / group).masked_fill(self._padding()[:, :, :S], 0.0)
+        drawn = ops.attention_mass(
+            queries, keys, scale=scale, lse=lse, reduce=self.reduce, min_distance=self.min_distance, lengths=lengths
+        ).masked_fill(self._padding()[:, :, :S], 0.0)
+        if self.reduce == "max":
+            self.mass[:, :, :S] = torch.maximum(self.mass[:, :, :S], drawn)
+        else:
+            self.mass[:, :, :S] += drawn / group
 
     def attend(
         self,
@@ -119,12 +140,18 @@ class Tracker:
     ) -> Tensor:
         """One decode step: the output of `kvevict.ops.decode_attention`, noted in mass and last use."""
         S = keys.shape[2]
+        plain = self.reduce == "sum" and not self.min_distance
         output = ops.decode_attention(
-            queries, keys, values, scale=scale, lengths=self.lengths, mass=self.mass[:, :, :S], decay=decay,
-            last_used=self.last_used[:, :, :S], step=self.step + 1, threshold=threshold,
+            queries, keys, values, scale=scale, lengths=self.lengths, mass=self.mass[:, :, :S] if plain else None,
+            decay=decay, last_used=self.last_used[:, :, :S], step=self.step + 1, threshold=threshold,
+            return_lse=not plain,
         )  # fmt: skip
         self.step += 1
-        assert isinstance(output, Tensor)
+        if isinstance(output, Tensor):
+            return output
+        output, lse = output  # the keys are read once more
+        self.mass *= decay
+        self.observe(queries, keys, scale=scale, lse=lse)
         return output
 
     def compacted(self, result: ops.Compacted) -> None:

@@ -69,7 +69,7 @@ def attention_lse(draw: Draw) -> Case:
     return Case(arguments, check, sizes=dict(S=S))
 
 
-def check_mass(got, rows, queries, lse, lengths, S: int, factor, causal, reduce, count) -> None:
+def check_mass(got, rows, queries, lse, lengths, S: int, factor, causal, options: dict) -> None:
     """rows[b][h]: the keys of a head, as long as its request; got [B][H][S]."""
     (_, HQ, W, _), H = queries.shape, len(got[0])
     G, Q = HQ // H, queries.lists()
@@ -86,15 +86,17 @@ def check_mass(got, rows, queries, lse, lengths, S: int, factor, causal, reduce,
                         weights[-1].append(oracle.attention_weights(Q[b][h * G + g][w], seen, factor, given))
                     else:
                         weights[-1].append([])
-            expected = oracle.mass(weights, length, W, causal, reduce, count)
+            count, distance = options["normalize"] == "count", options.get("min_distance", 0)
+            expected = oracle.mass(weights, length, W, causal, options["reduce"], count, distance)
             tolerance = [2e-6 * max(1.0, abs(x)) + 6 * error * abs(x) for x in expected]
             near_row(got[b][h][:length], expected, tolerance, f"mass[{b}][{h}]")
             same(got[b][h][length:], [-INF] * (S - length), f"mass[{b}][{h}] beyond its length")
 
 
-def draw_mass_options(draw: Draw) -> dict:
+def draw_mass_options(draw: Draw, far: bool = False) -> dict:
     reduce = draw.choice(("sum", "mean", "max", "square"))
-    return dict(reduce=reduce, normalize=draw.choice((None, "count")) if reduce != "max" else None)
+    options = dict(reduce=reduce, normalize=draw.choice((None, "count")) if reduce != "max" else None)
+    return options | (dict(min_distance=draw.choice((0, 1, 2, 17, 5000))) if far else {})
 
 
 def draw_lse(draw: Draw, queries: Buffer, rows, lengths: list[list[int]], H: int, factor: float, causal: bool):
@@ -123,12 +125,11 @@ def attention_mass(draw: Draw) -> Case:
     own = per_head(lengths, B, H, S)
     rows = cut(keys.lists(), own)
     lse = draw_lse(draw, queries, rows, own, H, factor, causal) if draw.chance(0.4) else None
-    options = draw_mass_options(draw)
+    options = draw_mass_options(draw, far=causal)
 
     def check(result, _) -> None:
         got, given = shaped(result, (B, H, S), torch.float32), None if lse is None else lse.lists()
-        count = options["normalize"] == "count"
-        check_mass(got, rows, queries, given, own, S, factor, causal, options["reduce"], count)
+        check_mass(got, rows, queries, given, own, S, factor, causal, options)
 
     arguments = dict(queries=queries, keys=keys, scale=scale, lse=lse, causal=causal, lengths=lengths, **options)
     return Case(arguments, check, sizes=dict(S=S))

@@ -175,13 +175,16 @@ def attention_weights(query: Row, keys: list[Row], scale: float, lse: float | No
     return [math.exp(x - total) for x in row]
 
 
-def mass(weights: list[list[Row]], length: int, queries: int, causal: bool, reduce: str, count: bool) -> Row:
-    """Column sums of weights[g][w], a row over the keys that the query sees."""
+def mass(
+    weights: list[list[Row]], length: int, queries: int, causal: bool, reduce: str, count: bool, distance: int
+) -> Row:
+    """Column sums of weights[g][w], a row over the keys that the query sees. Causal: the last of these is its own, and
+    it counts for those that are at least `distance` before it."""
     group, valid = len(weights), min(queries, length)
     result = []
     for i in range(length):
-        column = [row[i] for rows in weights for row in rows if i < len(row)]
-        seen = sum(1 for w in range(valid) if i < visible(w, queries, length, causal))
+        column = [row[i] for rows in weights for row in rows if i + distance < len(row)]
+        seen = max(sum(1 for w in range(valid) if i + distance < visible(w, queries, length, causal)), 1)
         if reduce == "max":
             value = max(column, default=0.0)
         else:

@@ -40,7 +40,8 @@ def paged_attention_mass(draw: Draw) -> Case:
     cache = draw_paged(draw)
     cache.spoil_unused(draw)
     queries = paged_queries(draw, cache, min(cache.S, draw.choice((1, 2, 5, 17))))
-    scale, causal, options = draw.choice((None, 0.3)), draw.chance(0.7), draw_mass_options(draw)
+    scale, causal = draw.choice((None, 0.3)), draw.chance(0.7)
+    options = draw_mass_options(draw, far=causal)
     factor = cache.D**-0.5 if scale is None else scale
 
     rows = cache.rows(cache.keys)
@@ -48,8 +49,8 @@ def paged_attention_mass(draw: Draw) -> Case:
 
     def check(result, _) -> None:
         got = shaped(result, (cache.B, cache.H, cache.S), torch.float32)
-        given, count = None if lse is None else lse.lists(), options["normalize"] == "count"
-        check_mass(got, rows, queries, given, cache.held, cache.S, factor, causal, options["reduce"], count)
+        given = None if lse is None else lse.lists()
+        check_mass(got, rows, queries, given, cache.held, cache.S, factor, causal, options)
 
     arguments = dict(queries=queries, **cache.arguments(), scale=scale, lse=lse, causal=causal, **options)
     return Case(arguments, check, sizes=dict(S=cache.S, paged=cache))

@@ -53,6 +53,8 @@ def _ways(draw: Draw, op: str, name: str, value, case: Case) -> Iterator[object]
         yield from (0, 2, -1, 3.0, True, "3")
     elif name == "count":
         yield from (0, -1, 1.0, True, case.sizes["S"] + 1)
+    elif name == "min_distance":
+        yield from (-1, 1.0, True, "1", None)
     elif name == "columns":
         yield from (0, -1, 1.5, True, "2")
     elif name == "step":
