@@ -178,6 +178,12 @@ class AttentionConfig:
     splits: int = 1
     chunk: int = 0
 
+    @property
+    def tiles(self) -> dict[str, int]:
+        """What a launch is given by name."""
+        blocks = dict(BLOCK_D=self.block_dim, BLOCK_R=self.block_rows, BLOCK_S=self.block_tokens)
+        return dict(**blocks, num_warps=self.num_warps, num_stages=self.num_stages)
+
 
 def lse_config(
     rows: int, query_rows: int, tokens: int, head_dim: int, element_size: int, multiprocessors: int
@@ -212,13 +218,31 @@ def mass_config(query_rows: int, head_dim: int, element_size: int) -> AttentionC
 def product_config(head_dim: int, element_size: int, matrices: int) -> AttentionConfig:
     """Of a block of tokens' rows and `block_rows` rows of one or two matrices at a time."""
     block_dim = head_chunk(head_dim, element_size)
-    # 64 × 64 float32 products over 4 warps: 32 registers a thread. float32 runs without tensor
-    # cores, its operands in registers: half the tile each way.
+    # 64 × 64 float32 products over 4 warps: 32 registers a thread. float32 runs without tensor cores, its operands in
+    # registers: half the tile each way.
     block = 64 if element_size < 4 else 32
     # The tokens' rows and two tiles under way are 48 KiB at head_dim 128 in 16 bits, 64 with half the rows of two
     # matrices: what the smallest multiprocessors have.
     num_stages = 2 if head_dim <= min(block_dim, 128) else 1
     return AttentionConfig(block_dim, block // matrices, block, 4, num_stages)
+
+
+def window_mass_config(
+    rows: int, query_rows: int, tokens: int, head_dim: int, element_size: int, multiprocessors: int
+) -> AttentionConfig | None:
+    """None: the queries are more than one tile, or a tile cannot be held: a head in chunks, and so float32."""
+    block_dim = head_chunk(head_dim, element_size)
+    sizes = (16, 128, 256) if block_dim <= 128 else (16, 64)  # at most 64 KiB
+    block_rows = next((size for size in sizes if query_rows <= size), None)
+    if head_dim > block_dim or block_rows is None:
+        return None
+    # Keys of 16 KiB a tile, three of them under way; 64 registers of weights a thread at most.
+    block_tokens = 64 if block_dim <= 128 else 32
+    # Two programs fit a multiprocessor; under 256 tokens a program's queries cost more than its keys.
+    splits = max(1, min(cdiv(2 * multiprocessors, rows), tokens // 256))
+    chunk = cdiv(cdiv(tokens, splits), block_tokens) * block_tokens
+    num_warps = 8 if block_rows >= 128 else 4
+    return AttentionConfig(block_dim, block_rows, block_tokens, num_warps, 3, cdiv(tokens, chunk), chunk)
 
 
 @dataclass(frozen=True)

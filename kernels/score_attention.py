@@ -4,23 +4,26 @@
     merge_lse_kernel        [B, Hq, W]: the runs of a query merged
     attention_mass_kernel   [B, H, S]: each program holds a block of keys, recomputes its logits against all queries
                             that see it, exponentiates them against the LSE and adds them up
+    window_mass_kernel      the same for so few queries that they are one tile: each program holds them, and a run of
+                            the keys streams past
 
 Shapes: queries [B, Hq, W, D], the last W of the sequence; keys [B, H, S, D], dense or paged (rows.py). The G = Hq/H
 query heads of a KV head are one matrix of W·G rows, queries slowest, so a tile of K is read once for the group, a
 single query still makes a tile (padded to 16 rows), and the causal limit rises along the rows.
 Of a request of `length` tokens, query w belongs to token max(length - W, 0) + w; rows beyond its last are padding.
 Bytes per (batch, KV head): K once for the LSE (whole prompt: its blocks again, from L2, for every block of queries)
-and once for the mass; Q once and then again from L2 for every block of keys; 4·S of mass. Operations: 2·D per
-visible (query, key) pair for the LSE and 2·D for the mass, on tensor cores in 16 bits; float32 in full precision.
-Launch: one program per block of queries (and run of keys, for a short window), one per block of keys; those with most
-work first. Each sum has one owner and a fixed order.
+and once for the mass; Q once and then again from L2 for every block of keys, or once per run of them; 4·S of mass.
+Operations: 2·D per visible (query, key) pair for the LSE and 2·D for the mass, on tensor cores in 16 bits; float32 in
+full precision.
+Launch: one program per block of queries (and run of keys, for a short window), one per block or run of keys; those with
+most work first. Each sum has one owner and a fixed order.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch_config import cdiv, lse_config, mass_config, multiprocessors
+from .launch_config import cdiv, lse_config, mass_config, multiprocessors, window_mass_config
 from .primitives import dot_type
 from .rows import cache_shape, load_float32, per_row, row_length, rows_at, rows_of
 
@@ -192,6 +195,30 @@ def _add_queries(
     return sums
 
 
+@triton.jit
+def _finished(
+    sums, tokens, length, W, min_distance,
+    G: tl.constexpr, CAUSAL: tl.constexpr, REDUCE: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """The mass of `tokens` from what was reduced [tokens, rows of a tile]."""
+    valid = tl.minimum(length, W)  # queries of this request
+    if REDUCE == "max":  # tl.max drops NaN
+        mass = tl.where(tl.sum((sums != sums).to(tl.int32), 1) > 0, float("nan"), tl.max(sums, 1))
+    else:
+        mass = tl.sum(sums, 1)
+    count = valid + tl.zeros_like(tokens)  # queries that count for a key
+    if CAUSAL:
+        seen_by = length - tokens
+        if min_distance is not None:
+            seen_by -= min_distance
+        count = tl.maximum(tl.minimum(seen_by, count), 1)
+    if REDUCE == "mean":
+        mass = mass / ((count if COUNT else valid) * G).to(tl.float32)
+    elif COUNT:
+        mass = mass / count.to(tl.float32)
+    return tl.where(tokens < length, mass, float("-inf"))
+
+
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT + _LSE_STRIDES + ["min_distance"])
 def attention_mass_kernel(
     queries, keys, lse_ptr, lengths, mass_ptr, scale, W, S, H, lse_stride_b, lse_stride_h, min_distance,
@@ -230,21 +257,44 @@ def attention_mass_kernel(
         scale, offset, valid, G, BLOCK_D, BLOCK_R, False, REDUCE, COMPUTE,
     )  # fmt: skip
 
-    if REDUCE == "max":  # tl.max drops NaN
-        mass = tl.where(tl.sum((sums != sums).to(tl.int32), 1) > 0, float("nan"), tl.max(sums, 1))
-    else:
-        mass = tl.sum(sums, 1)
-    count = valid + tl.zeros([BLOCK_S], tl.int32)  # queries that count for a key
-    if CAUSAL:
-        seen_by = length - tokens
-        if min_distance is not None:
-            seen_by -= min_distance
-        count = tl.maximum(tl.minimum(seen_by, count), 1)
-    if REDUCE == "mean":
-        mass = mass / ((count if COUNT else valid) * G).to(tl.float32)
-    elif COUNT:
-        mass = mass / count.to(tl.float32)
-    tl.store(mass_ptr + row * S + tokens, tl.where(tokens < length, mass, float("-inf")), mask=tokens < S)
+    mass = _finished(sums, tokens, length, W, min_distance, G, CAUSAL, REDUCE, COUNT)
+    tl.store(mass_ptr + row * S + tokens, mass, mask=tokens < S)
+
+
+@triton.jit(do_not_specialize=_LENGTH_DEPENDENT + _LSE_STRIDES + ["min_distance", "splits", "chunk"])
+def window_mass_kernel(
+    queries, keys, lse_ptr, lengths, mass_ptr, scale, W, S, H, lse_stride_b, lse_stride_h, min_distance, splits, chunk,
+    G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    CAUSAL: tl.constexpr, REDUCE: tl.constexpr, COUNT: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // splits).to(tl.int64)
+    b, h = row // H, row % H
+    length = row_length(lengths, b, h, S)
+    offset = tl.maximum(length - W, 0)
+    if min_distance is not None:
+        offset -= min_distance
+    columns = tl.arange(0, BLOCK_D)
+    rows = tl.arange(0, BLOCK_R)
+    is_query = rows < tl.minimum(length, W) * G
+    query_pointers = group_rows_at(queries, b, h, rows, is_query, G)
+    query = load_tile(queries, query_pointers, is_query, columns, COMPUTE)
+    lse_ptr += b * lse_stride_b + h * G * lse_stride_h + (rows % G) * lse_stride_h + rows // G
+    lse = tl.load(lse_ptr, mask=is_query, other=float("inf")) * _LOG2_E
+
+    begin = tl.program_id(0) % splits * chunk
+    end = tl.minimum(begin + chunk, S)
+    for start in range(begin, end, BLOCK_S):
+        tokens = start + tl.arange(0, BLOCK_S)
+        is_key = tokens < tl.minimum(length, end)
+        key = load_tile(keys, rows_at(keys, b, h, tokens, is_key), is_key, columns, COMPUTE)
+        logits = scale * tl.dot(key, tl.trans(query), input_precision="ieee")
+        weights = tl.exp2(logits - lse[None, :])
+        if CAUSAL:
+            weights = tl.where(tokens[:, None] <= offset + (rows // G)[None, :], weights, 0.0)
+        if REDUCE == "square":
+            weights = weights * weights
+        mass = _finished(weights, tokens, length, W, min_distance, G, CAUSAL, REDUCE, COUNT)
+        tl.store(mass_ptr + row * S + tokens, mass, mask=tokens < end)
 
 
 def attention_lse(
@@ -268,8 +318,7 @@ def attention_lse(
     attention_lse_kernel[(B * H * row_blocks * config.splits,)](
         rows_of(queries), rows_of(keys, table), per_row(lengths), parts,
         scale * _LOG2_E.value, W, S, H, row_blocks, config.splits, config.chunk,
-        G=G, BLOCK_D=config.block_dim, BLOCK_R=config.block_rows, BLOCK_S=config.block_tokens,
-        CAUSAL=causal, COMPUTE=compute, num_warps=config.num_warps, num_stages=config.num_stages,
+        G=G, CAUSAL=causal, COMPUTE=compute, **config.tiles,
     )  # fmt: skip
     if config.splits > 1:
         BLOCK = 128  # one query a thread: the parts are few and in L2
@@ -295,12 +344,15 @@ def attention_mass(
     (_, HQ, W, _), (B, H, S, D) = queries.shape, cache_shape(keys, table)
     G = HQ // H
     compute, size = dot_type(queries)
+    options = dict(G=G, CAUSAL=causal, REDUCE=reduce, COUNT=count, COMPUTE=compute)
+    distance = min(min_distance, S) or None  # int32; None leaves it out of the code
+    sizes = (scale * _LOG2_E.value, W, S, H, *lse.stride()[:2], distance)
+    rows = (rows_of(queries), rows_of(keys, table), lse, per_row(lengths), out)
+    window = window_mass_config(B * H, W * G, S, D, size, multiprocessors(keys.device))
+    if window is not None:
+        window_mass_kernel[(B * H * window.splits,)](
+            *rows, *sizes, window.splits, window.chunk, **window.tiles, **options
+        )
+        return
     config = mass_config(W * G, D, size)
-    attention_mass_kernel[(B * H * cdiv(S, config.block_tokens),)](
-        rows_of(queries), rows_of(keys, table), lse, per_row(lengths), out,
-        scale * _LOG2_E.value, W, S, H, *lse.stride()[:2],
-        min(min_distance, S) or None,  # int32; None leaves it out of the code
-        G=G, BLOCK_D=config.block_dim, BLOCK_R=config.block_rows, BLOCK_S=config.block_tokens,
-        CAUSAL=causal, REDUCE=reduce, COUNT=count, COMPUTE=compute,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    attention_mass_kernel[(B * H * cdiv(S, config.block_tokens),)](*rows, *sizes, **config.tiles, **options)

@@ -9,15 +9,23 @@ from typing import Annotated
 
 import typer
 
+from kvevict import __version__, measure_shares, models, planner, train_kv
 from kvevict import demo as demo_module
-from kvevict import measure_shares, models, planner, train_kv
 from kvevict import train as train_module
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"kvevict {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def root() -> None:
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
     """Shrink an LLM's KV cache to the tokens worth keeping."""
 
 

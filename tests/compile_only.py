@@ -95,12 +95,12 @@ def launch_moves(S, D, dtype, offset=0):
 
 
 def launch_attention(S, D, dtype, offset=0):
-    """The whole prompt, a decode step and far attention in a window, with a group of 4."""
+    """The whole prompt, windows, far attention in one, and a decode step, with a group of 4."""
     from kvevict.backends import triton as backend
 
     keys, values = cache(S, D, dtype, offset)
     out = torch.empty(2, 4, S)
-    for W in {S, 1}:
+    for W in sorted({S, min(S, 64), min(S, 32), 1}):  # a window of one tile of 256, 128 or 16 query rows
         queries, lse = torch.empty(2, 16, W, D, dtype=dtype), torch.empty(2, 16, W)
         backend.attention_lse(queries, keys, 0.1, True, None, lse)
         backend.attention_mass(queries, keys, lse, 0.1, True, "mean", True, None, out)

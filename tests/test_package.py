@@ -1,0 +1,75 @@
+"""What is published: the sdist holds what a wheel is built of, and the wheel works outside the repository."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+import kvevict
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+SCRIPT = """
+import torch, kvevict
+from kvevict.ops import keydiff_compact
+from kvevict.policies import LearnedKV
+assert kvevict.__file__.startswith({folder!r}), kvevict.__file__
+keys, values = torch.randn(1, 2, 64, 64), torch.randn(1, 2, 64, 64)
+print(keydiff_compact(keys, values, keep=16, inplace=False).keys.shape[2])
+"""
+
+
+def run(*command, **options):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(sdist, wheel): the wheel is built of the sdist."""
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("no checkout")
+    pytest.importorskip("build")
+    folder = tmp_path_factory.mktemp("package")
+    tracked = run("git", "ls-files", "-z", cwd=REPOSITORY).strip("\0").split("\0")
+    for name in tracked:
+        if (REPOSITORY / name).exists() and not name.startswith(("bench/results", "tests/")):
+            target = folder / "source" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, target, follow_symlinks=False)
+    run(sys.executable, "-m", "build", "--outdir", folder / "dist", folder / "source")
+    (sdist,), (wheel,) = (folder / "dist").glob("*.tar.gz"), (folder / "dist").glob("*.whl")
+    return sdist, wheel
+
+
+def test_both_are_complete_and_well_described(built):
+    sdist, wheel = built
+    run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel)
+    for names in (zipfile.ZipFile(wheel).namelist(), tarfile.open(sdist).getnames()):
+        inside = [name.partition("kvevict/")[2] for name in names]
+        for wanted in ("kernels/rows.py", "py.typed", "data/smollm2-135m.scorer.safetensors"):
+            assert wanted in inside, wanted
+    assert f"kvevict-{kvevict.__version__}-" in wheel.name
+
+
+def test_the_wheel_works_elsewhere(built, tmp_path):
+    """With this environment's torch: what is installed is in front of the checkout that it was installed from."""
+    site = tmp_path / "site"
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, built[1])
+    environment = dict(os.environ, PYTHONPATH=str(site), KVEVICT_BACKEND="reference")
+    script = SCRIPT.format(folder=str(site))
+    assert run(sys.executable, "-c", script, cwd=tmp_path, env=environment) == "16\n"
+    command = (sys.executable, "-m", "kvevict")
+    assert run(*command, "--version", cwd=tmp_path, env=environment) == f"kvevict {kvevict.__version__}\n"
+    assert "GiB" in run(*command, "plan", "--model", "llama-3.1-8b", cwd=tmp_path, env=environment)
+
+
+def test_without_transformers_the_command_to_install_it_is_said(tmp_path):
+    script = "import sys; sys.modules['transformers'] = None; import kvevict.hf"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stderr.strip().endswith("kvevict.hf needs transformers: pip install 'kvevict[hf]'")
