@@ -8,6 +8,8 @@ DENSE = (
     scores.keydiff_scores,
     scores.key_norm_scores,
     scores.kv_scores,
+    scores.quadratic_scores,
+    scores.projected_norms,
     scores.mlp_scores,
     scores.pool_scores,
     scores.combine_scores,

@@ -167,6 +167,16 @@ def fitted_terms(key: Row, value: Row, cosine: float, weights: Row) -> Row:
     return list(map(mul, [*key, *value, *log_norms, cosine, 1.0], weights))
 
 
+def quadratic_terms(key: Row, matrix: list[Row], linear: Row) -> Row:
+    """What adds up to key · (matrix · key + linear)."""
+    return [x * y for x, row, b in zip(key, matrix, linear, strict=True) for y in (*map(mul, row, key), b)]
+
+
+def projected_norm(value: Row, matrices: list[list[Row]]) -> float:
+    """The L1 norm of matrix · value, mean over the matrices of a group."""
+    return math.fsum(abs(dot(row, value)) for matrix in matrices for row in matrix) / len(matrices)
+
+
 def visible(query: int, queries: int, length: int, causal: bool) -> int:
     """How many keys a request's query sees: it is the token max(length - W, 0) + query. 0: the query is padding."""
     valid = min(queries, length)

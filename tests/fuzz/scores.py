@@ -172,6 +172,61 @@ def key_norm_scores(draw: Draw) -> Case:
     return Case(dict(keys=keys, lengths=lengths), check, sizes=dict(S=S))
 
 
+def quadratic_scores(draw: Draw) -> Case:
+    B, H, S, D = draw.shape(1500)
+    D = min(D, 24)
+    keys = draw.memory.tensor((B, H, S, D), draw.choice(FLOATS), draw.gauss, expand=True)
+    lengths = draw.lengths(B, H, S, lengths_per_row())
+    draw.spoil_padding(keys, lengths)
+    HQ = H * draw.choice((1, 2, 3))
+    linear = draw.memory.tensor((B, HQ, D), torch.float32, draw.gauss, rows=False)
+    half = [[[[draw.gauss() for _ in range(D)] for _ in range(D)] for _ in range(HQ)] for _ in range(B)]
+    symmetric = [
+        [[[(m[i][j] + m[j][i]) / 2 for j in range(D)] for i in range(D)] for m in of_request] for of_request in half
+    ]
+    quadratic = draw.memory.holding(symmetric, (B, HQ, D, D), torch.float32, rows=False)
+
+    def check(result, _) -> None:
+        got, rows = shaped(result, (B, HQ, S), torch.float32), keys.lists()
+        A, b_ = quadratic.lists(), linear.lists()
+        for b, own in enumerate(per_head(lengths, B, H, S)):
+            for hq in range(HQ):
+                h = hq * H // HQ
+                same(got[b][hq][own[h] :], [-INF] * (S - own[h]), "scores beyond the length")
+                for i, key in enumerate(rows[b][h][: own[h]]):
+                    terms = oracle.quadratic_terms(key, A[b][hq], b_[b][hq])
+                    off = 1e-6 + 1e-5 * math.fsum(map(abs, terms))
+                    near(got[b][hq][i], math.fsum(terms), off, f"scores[{b}][{hq}][{i}]")
+
+    return Case(dict(keys=keys, linear=linear, quadratic=quadratic, lengths=lengths), check, sizes=dict(S=S))
+
+
+def projected_norms(draw: Draw) -> Case:
+    B, H, S, DV = draw.shape(1500)
+    values = draw.memory.tensor((B, H, S, DV), draw.choice(FLOATS), draw.gauss, expand=True)
+    lengths = draw.lengths(B, H, S, lengths_per_row())
+    draw.spoil_padding(values, lengths)
+    G, M = draw.choice((1, 2, 3)), draw.choice((1, 5, 16, 33, 70))
+    dtype = values.dtype if values.dtype in FLOATS[:3] else draw.choice((torch.float16, torch.bfloat16))
+    weight = draw.memory.tensor((M, H * G * DV), dtype, draw.gauss, rows=False)
+
+    def check(result, _) -> None:
+        got, rows, wide = shaped(result, (B, H, S), torch.float32), values.lists(), weight.lists()
+        for h in range(H):
+            heads = range(h * G, h * G + G)
+            matrices = [[row[head * DV : head * DV + DV] for row in wide] for head in heads]
+            for b, own in enumerate(per_head(lengths, B, H, S)):
+                same(got[b][h][own[h] :], [-INF] * (S - own[h]), "norms beyond the length")
+                for i, value in enumerate(rows[b][h][: own[h]]):
+                    expected = oracle.projected_norm(value, matrices)
+                    size = oracle.projected_norm(
+                        [abs(x) for x in value], [[[abs(x) for x in r] for r in m] for m in matrices]
+                    )
+                    near(got[b][h][i], expected, 1e-6 + 1e-5 * size, f"norms[{b}][{h}][{i}]")
+
+    return Case(dict(values=values, weight=weight, lengths=lengths), check, sizes=dict(S=S))
+
+
 def mlp_scores(draw: Draw) -> Case:
     B, S = draw.choice((1, 2, 3)), draw.choice((1, 2, 17, 33, 64))
     M, N = draw.choice((1, 3, 16, 17, 40)), draw.choice((1, 2, 16, 31, 33))
