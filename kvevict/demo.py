@@ -159,8 +159,7 @@ def draw(rows: list[Row], seen: int, fact: tuple[int, int], title: str, output: 
         for place in fact:
             axis.axvline(place, color="white", linestyle=":", linewidth=1)
         axis.set(title=f"{row.policy}, keep {row.keep:g}", xlabel="position (tokens)")
-        axis.annotate("fact", (sum(fact) / 2, 0), ha="center", va="bottom", fontsize=7, annotation_clip=False)
-        axis.title.set_position((0.5, 1.04))
+        axis.annotate("fact ", (fact[0], 0.02 * len(row.indices)), color="white", fontsize=7, ha="right", va="top")
     if maps:
         axes[0][0].set_ylabel("layer (a row for each head)")
         figure.colorbar(image, ax=axes[0][len(maps) - 1], label="share kept")
