@@ -389,10 +389,17 @@ def check_compiles_whole(group):
     def step(keys, values, positions):
         return distributed.keydiff_compact(keys, values, positions=positions, tokens=S, group=group, keep=20, sink=2)
 
+    def attend(query, *shard):
+        return distributed.decode_attention(query, Shard(*shard), group=group)
+
     arguments = keys[:, :, own], values[:, :, own], own
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(compiled(*arguments), step(*arguments), strict=True):
+    shard = step(*arguments)
+    for got, expected in zip(compiled(*arguments), shard, strict=True):
         assert torch.equal(got, expected)
+    query = seeded(1, 4, 1, 16, seed=2)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(query, *shard), attend(query, *shard))
 
 
 def check_one_rank(group):
