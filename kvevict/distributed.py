@@ -39,6 +39,7 @@ from kvevict import ops, validate
 
 _DIGIT = 8  # bits
 _SCORE_BITS = 32
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
 
 
 class Shard(NamedTuple):
@@ -559,7 +560,7 @@ def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[ranks, ...]"""
     out = x.new_empty(group.size() * x.numel())
-    dist.all_gather_into_tensor(out, x.contiguous().view(-1), group=group)
+    _all_gather(out, x.contiguous().view(-1), group=group)
     return out.view(group.size(), *x.shape)
 
 
