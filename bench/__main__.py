@@ -46,7 +46,7 @@ def run(chosen, quick, progress=lambda iterable: iterable):
         if kind not in agreeing:
             agreeing[kind] = measure.agrees(case, point, "cuda" if HAS_GPU else "cpu")
         figures = (measure.on_gpu if HAS_GPU else measure.on_cpu)(case, point, roofs)
-        label = f"{point}-W{point.W}" if case.name == "attention_mass" else str(point)
+        label = f"{point}-W{point.W}" if case.name.startswith("attention_mass") else str(point)
         rows.append(dict(case=case.name, label=label, point=vars(point), agrees=agreeing[kind], **figures))
         if HAS_GPU:
             torch.cuda.empty_cache()

@@ -215,6 +215,18 @@ def mass_config(query_rows: int, head_dim: int, element_size: int) -> AttentionC
     return AttentionConfig(block_dim, block_rows, block_tokens, 8 if wide else 4, num_stages)
 
 
+def product_config(head_dim: int, element_size: int, matrices: int) -> AttentionConfig:
+    """Of a block of tokens' rows and `block_rows` rows of one or two matrices at a time."""
+    block_dim = head_chunk(head_dim, element_size)
+    # 64 × 64 float32 products over 4 warps: 32 registers a thread. float32 runs without tensor cores, its operands in
+    # registers: half the tile each way.
+    block = 64 if element_size < 4 else 32
+    # The tokens' rows and two tiles under way are 48 KiB at head_dim 128 in 16 bits, 64 with half the rows of two
+    # matrices: what the smallest multiprocessors have.
+    num_stages = 2 if head_dim <= min(block_dim, 128) else 1
+    return AttentionConfig(block_dim, block // matrices, block, 4, num_stages)
+
+
 def window_mass_config(
     rows: int, query_rows: int, tokens: int, head_dim: int, element_size: int, multiprocessors: int
 ) -> AttentionConfig | None:

@@ -13,8 +13,11 @@ from kvevict.ops import (
     key_norm_scores,
     keydiff_compact,
     keydiff_scores,
+    kv_scores,
     mlp_scores,
     pool_scores,
+    projected_norms,
+    quadratic_scores,
     topk_indices,
 )
 from kvevict.planner import plan
@@ -34,8 +37,11 @@ __all__ = [
     "key_norm_scores",
     "keydiff_compact",
     "keydiff_scores",
+    "kv_scores",
     "mlp_scores",
     "plan",
     "pool_scores",
+    "projected_norms",
+    "quadratic_scores",
     "topk_indices",
 ]

@@ -258,6 +258,18 @@ def _kv_scores_op(keys, values, weights, inv_freq, positions, lengths, fitted, k
     _run("kv_scores", keys.device, keys, values, weights, inv_freq, positions, lengths, fitted, keydiff, table)
 
 
+@_custom_op("quadratic_scores(Tensor keys, Tensor linear, Tensor quadratic, Tensor? lengths, Tensor(a!) out) -> ()")
+def _quadratic_scores_op(keys, linear, quadratic, lengths, out):
+    _check_lengths(lengths, keys, None)
+    _run("quadratic_scores", keys.device, keys, linear, quadratic, lengths, out)
+
+
+@_custom_op("projected_norms(Tensor values, Tensor weight, Tensor? lengths, Tensor(a!) out) -> ()")
+def _projected_norms_op(values, weight, lengths, out):
+    _check_lengths(lengths, values, None)
+    _run("projected_norms", values.device, values, weight, lengths, out)
+
+
 @_custom_op("mlp_scores(Tensor hidden, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor(a!) out) -> ()")
 def _mlp_scores_op(hidden, w1, b1, w2, b2, out):
     _run("mlp_scores", hidden.device, hidden, w1, b1, w2, b2, out)

@@ -160,6 +160,68 @@ def key_norm_scores(keys: Tensor, *, lengths: Tensor | None = None) -> Tensor:
     return out
 
 
+def quadratic_scores(keys: Tensor, linear: Tensor, quadratic: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+    """k · (A k + b) of each key for every query head: with the right A and b the logarithm of what it draws in the mean
+    from queries of a known mean and covariance (Expected Attention, arXiv 2510.00636, section 3).
+
+    Args:
+        keys: [B, H, S, D].
+        linear: b [B, Hq, D] float32; query head h·G + g belongs to KV head h.
+        quadratic: A [B, Hq, D, D] float32, symmetric: A counts as its own transpose. In 16 bits it is taken as a sum of
+            two matrices of the keys' dtype, so float16 keys want elements up to 65,504.
+        lengths: [B] or [B, H], see the module.
+
+    Returns:
+        [B, Hq, S] float32, -inf beyond a request's length.
+
+    Raises:
+        TypeError, ValueError: see the module.
+    """
+    cache = _dense(keys, lengths)
+    B, H, S, D = cache.shape
+    linear = validate.tensor("linear", linear, 3, (torch.float32,), keys).contiguous()
+    HQ = linear.shape[1]
+    if linear.shape != (B, HQ, D) or HQ % H:
+        raise ValueError(f"linear has shape {tuple(linear.shape)}: expected ({B}, a multiple of {H}, {D})")
+    quadratic = validate.tensor("quadratic", quadratic, 4, (torch.float32,), keys).contiguous()
+    if quadratic.shape != (B, HQ, D, D):
+        raise ValueError(f"quadratic has shape {tuple(quadratic.shape)}: expected {(B, HQ, D, D)}, as linear has")
+    out = torch.empty((B, HQ, S), dtype=torch.float32, device=keys.device)
+    torch.ops.kvevict.quadratic_scores(cache.keys, linear, quadratic, cache.lengths, out)
+    return out
+
+
+def projected_norms(values: Tensor, weight: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+    """‖W_O v‖₁ of each value, mean over its GQA group: what it can add to the residual stream at most, which CriticalKV
+    (arXiv 2502.03805, section 4) weighs attention by. The products of values and W_O are never written to memory.
+
+    Args:
+        values: [B, H, S, Dv].
+        weight: W_O [M, Hq · Dv], an nn.Linear's, of the values' dtype (of any float dtype beside float8 values); query
+            head h·G + g, which belongs to KV head h, has its columns from (h·G + g) · Dv on.
+        lengths: [B] or [B, H], see the module.
+
+    Returns:
+        [B, H, S] float32, -inf beyond a request's length.
+
+    Raises:
+        TypeError, ValueError: see the module.
+    """
+    values = validate.cache("values", values, validate.FLOAT_DTYPES)
+    B, H, S, DV = values.shape
+    lengths = None if lengths is None else validate.lengths(lengths, B, H, values)
+    dtypes = (values.dtype,) if values.dtype.itemsize > 1 else validate.FLOAT_DTYPES[:3]
+    weight = validate.small(validate.tensor("weight", weight, 2, dtypes, values))
+    if weight.shape[1] % (H * DV):
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}: expected (model width, a multiple of {H * DV}), KV heads times "
+            "value_dim"
+        )
+    out = torch.empty((B, H, S), dtype=torch.float32, device=values.device)
+    torch.ops.kvevict.projected_norms(values, weight, lengths, out)
+    return out
+
+
 def attention_lse(
     queries: Tensor, keys: Tensor, *, scale: float | None = None, causal: bool = True, lengths: Tensor | None = None
 ) -> Tensor:
@@ -700,7 +762,7 @@ def _keydiff(cache: _Cache, anchor: str | Tensor, inv_freq: Tensor | None, posit
             raise ValueError("inv_freq is None: expected RoPE's frequencies, because positions are given")
         return _scores(cache, anchor)
     if not isinstance(anchor, str) or anchor != "unit":
-        what = repr(anchor) if isinstance(anchor, str) else "a tensor"
+        what = "a tensor" if isinstance(anchor, Tensor) else repr(anchor)
         raise ValueError(f"anchor is {what}: expected 'unit' with inv_freq, the mean of the keys before RoPE")
     return _kv_scores(cache, None, inv_freq, positions, keydiff=True)[1]
 

@@ -32,6 +32,23 @@ class KeydiffScores(_Keys):
 
 
 @dataclass(frozen=True)
+class KvScores(_Keys):
+    """K read twice, V once; an optional score beside costs what is written of it. RoPE's angles come from a table of
+    the kernel's own, positions from the slots."""
+
+    DV: int
+
+    @property
+    def bytes(self) -> float:
+        return self.heads * self.S * ((2 * self.D + self.DV) * self.element_size + 4)
+
+    @property
+    def operations(self) -> float:
+        """KeyDiff's and turning each pair back twice (sine and cosine 30, the turn 6); two products and a square."""
+        return self.heads * self.S * (8 * self.D + 36 * self.D + 2 * self.D + 4 * self.DV)
+
+
+@dataclass(frozen=True)
 class KeyNorms(_Keys):
     """K read once."""
 

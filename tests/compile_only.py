@@ -112,6 +112,16 @@ def launch_attention(S, D, dtype, offset=0):
     backend.decode_attention(query, keys, values, 0.1, None, out, 0.5, used, 7, 1e-3, result)
 
 
+def launch_products(S, D, dtype, offset=0):
+    from kvevict.backends import triton as backend
+
+    keys, values = cache(S, D, dtype, offset)
+    backend.quadratic_scores(keys, torch.empty(2, 16, D), torch.empty(2, 16, D, D), None, torch.empty(2, 16, S))
+    weight = torch.empty(1000, 16 * D, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)
+    lengths = torch.full((2,), S, dtype=torch.int32)
+    backend.projected_norms(values, weight, lengths, torch.empty(2, 4, S))
+
+
 def launch_paged(S, D, dtype):
     """Every kernel that finds its rows through a block table: blocks of 16 tokens, [2, blocks, 16, heads, D]."""
     from kvevict.backends import triton as backend
@@ -182,6 +192,7 @@ def matrix(target: str, rows, tiles, paged) -> None:
     compile_only(TARGETS[target], report)
     for launch_one, cases in (
         (launch_scores, rows), (launch_fitted, rows), (launch_moves, rows), (launch_attention, tiles),
+        (launch_products, tiles),
     ):  # fmt: skip
         for D, dtype, offset in cases:
             case.update(D=D, dtype=str(dtype).removeprefix("torch."), offset=offset)
@@ -210,6 +221,7 @@ def variants(target: str) -> None:
         launch_select(S)
         launch_moves(S, 128, torch.bfloat16)
         launch_attention(S, 128, torch.bfloat16)
+        launch_products(S, 128, torch.bfloat16)
         launch_mlp(S, 576, torch.bfloat16)
     print(json.dumps({name: len(hashes) for name, hashes in compiled.items()}))
 

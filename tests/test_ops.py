@@ -274,6 +274,20 @@ def test_opcheck():
                 torch.zeros(2, 2, 20, device=DEVICE),
             ),
         ),
+        (
+            ops.quadratic_scores.default,
+            (
+                keys,
+                queries[:, :, 0],
+                torch.zeros(2, 4, 16, 16, device=DEVICE),
+                lengths,
+                torch.zeros(2, 4, 20, device=DEVICE),
+            ),
+        ),
+        (
+            ops.projected_norms.default,
+            (values, torch.ones(30, 64, device=DEVICE), lengths, torch.zeros(2, 2, 20, device=DEVICE)),
+        ),
         (ops.topk_indices.default, (scores, None, 1, 2, False, None, False, torch.zeros_like(indices))),
         (
             ops.topk_adaptive.default,

@@ -8,7 +8,7 @@ import kvevict
 from bench.traffic import counted
 from kvevict.kernels.launch_config import score_config
 from kvevict.paged import paged_decode_attention
-from kvevict.traffic import DecodeAttention, KeydiffCompact, WindowMass
+from kvevict.traffic import DecodeAttention, KeydiffCompact, KvScores, WindowMass
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="counts in Triton's interpreter")
 
@@ -80,3 +80,36 @@ def test_key_norms_read_keys_once():
     with kvevict.backend("triton"), counted() as traffic:
         kvevict.key_norm_scores(keys)
     assert traffic.bytes == keys.nbytes + 4 * keys[..., 0].numel()
+
+
+def test_the_learned_scorer_asks_for_at_most_a_fitted_share_more_than_keydiff():
+    """K twice and V once, where KeyDiff reads K twice. KeyDiff before RoPE costs what KeyDiff does, and beside the
+    fitted score what is written of it."""
+    S, D, H, e = 8192, 128, 2, 2
+    keys, values = (torch.randn(1, H, S, D).bfloat16() for _ in range(2))
+    weights, inv_freq = torch.randn(H, 2 * D + 4), torch.rand(D // 2)
+    asked = {}
+    for name, call in [
+        ("keydiff", lambda: kvevict.keydiff_scores(keys)),
+        ("before RoPE", lambda: kvevict.keydiff_scores(keys, inv_freq=inv_freq)),
+        ("fitted", lambda: kvevict.kv_scores(keys, values, weights, inv_freq=inv_freq)),
+        ("both", lambda: kvevict.kv_scores(keys, values, weights, inv_freq=inv_freq, return_keydiff=True)),
+    ]:
+        with kvevict.backend("triton"), counted() as traffic:
+            call()
+        asked[name] = traffic.bytes
+    assert asked["fitted"] <= 1.6 * asked["keydiff"]
+    assert asked["before RoPE"] <= 1.02 * asked["keydiff"]
+    assert asked["both"] - asked["fitted"] == 4 * H * S
+    floor = KvScores(H, S, D, e, D)
+    assert floor.bytes <= asked["fitted"] <= 1.25 * floor.bytes
+
+
+def test_far_attention_reads_no_more_than_attention():
+    keys, queries = torch.randn(1, 2, 2048, 64).bfloat16(), torch.randn(1, 4, 300, 64).bfloat16()
+    asked = []
+    for min_distance in (0, 1, 200):
+        with kvevict.backend("triton"), counted() as traffic:
+            kvevict.attention_mass(queries, keys, min_distance=min_distance)
+        asked.append(traffic.bytes)
+    assert asked[0] >= asked[1] > asked[2]  # queries that count for no key of a block are not read for it

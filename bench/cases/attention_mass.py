@@ -1,10 +1,13 @@
-"""Attention mass: of a window of 32 queries at the end, and of the whole prompt (W = S)."""
+"""Attention mass: of a window of 32 queries at the end, and of the whole prompt (W = S); and far attention, the most
+that a key draws from queries at least 32 tokens later."""
 
 import torch
 
 import kvevict
 from bench.case import Case, Point, compiled, optional
 from kvevict.traffic import WindowMass
+
+FAR = 32  # tokens
 
 
 def inputs(point, device):
@@ -19,6 +22,16 @@ def eager(point, queries, keys):
     hidden = torch.ones(point.W, point.S, dtype=torch.bool, device=keys.device).triu(point.S - point.W + 1)
     weights = logits.masked_fill(hidden, float("-inf")).float().softmax(-1)
     return weights.sum(2).unflatten(1, (point.H, point.group)).mean(2) / point.W
+
+
+def eager_far(point, queries, keys):
+    keys = keys.repeat_interleave(point.group, dim=1)
+    logits = queries @ keys.transpose(-1, -2) * point.D**-0.5
+    distance = torch.arange(point.S - point.W, point.S, device=keys.device)[:, None] - torch.arange(
+        point.S, device=keys.device
+    )
+    weights = logits.masked_fill(distance < 0, float("-inf")).float().softmax(-1).masked_fill(distance < FAR, 0.0)
+    return weights.amax(2).unflatten(1, (point.H, point.group)).amax(2)
 
 
 def colreduce(module):
@@ -50,5 +63,17 @@ CASE = Case(
         "torch.compile": compiled(eager),
         "flash-colreduce": optional("flash_colreduce", colreduce),
     },
+    more=whole_prompts,
+)
+
+
+FAR_CASE = Case(
+    "attention_mass, far",
+    inputs=inputs,
+    run=lambda point, queries, keys: kvevict.attention_mass(queries, keys, reduce="max", min_distance=FAR),
+    floor=CASE.floor,
+    gate=CASE.gate,
+    peers={"eager attention weights": eager_far, "torch.compile": compiled(eager_far)},
+    varies=(),
     more=whole_prompts,
 )

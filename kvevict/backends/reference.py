@@ -30,6 +30,8 @@ __all__ = [
     "move_flags",
     "move_rows",
     "pool_scores",
+    "projected_norms",
+    "quadratic_scores",
     "slots_from_end",
     "topk_adaptive",
     "topk_indices",
@@ -203,6 +205,28 @@ def key_norm_scores(keys: Tensor, lengths: Tensor | None, out: Tensor, table: Te
     keys = _dense(keys, table)
     inside = _inside(keys.shape[2], lengths, keys.device)
     out.copy_((-keys.float().norm(dim=-1)).masked_fill(~inside, float("-inf")))
+
+
+def quadratic_scores(keys: Tensor, linear: Tensor, quadratic: Tensor, lengths: Tensor | None, out: Tensor) -> None:
+    """k · (A k + b) for every query head's A [B, Hq, D, D] and b [B, Hq, D]; -inf beyond a row."""
+    (B, H, S, _), HQ = keys.shape, linear.shape[1]
+    inside = _inside(S, lengths, keys.device).expand(B, H, S).repeat_interleave(HQ // H, 1)
+    for hq in range(HQ):
+        key = keys[:, hq * H // HQ].float()
+        out[:, hq] = (key * (key @ quadratic[:, hq] + linear[:, hq, None])).sum(-1)
+    out.masked_fill_(~inside, float("-inf"))
+
+
+def projected_norms(values: Tensor, weight: Tensor, lengths: Tensor | None, out: Tensor) -> None:
+    """‖W v‖₁ for the columns W [M, Dv] of each query head in weight [M, Hq · Dv], mean over the group; -inf beyond a
+    row."""
+    H, DV = values.shape[1], values.shape[3]
+    matrices = weight.float().split(DV, dim=1)
+    group = len(matrices) // H
+    out.zero_()
+    for hq, matrix in enumerate(matrices):
+        out[:, hq // group] += (values[:, hq // group].float() @ matrix.T).abs().sum(-1) / group
+    out.masked_fill_(~_inside(values.shape[2], lengths, values.device), float("-inf"))
 
 
 def mlp_scores(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, out: Tensor) -> None:

@@ -10,6 +10,7 @@ from kvevict.kernels.score_keydiff import anchor_sums, keydiff_scores
 from kvevict.kernels.score_kv import kv_scores
 from kvevict.kernels.score_mlp import mlp_scores
 from kvevict.kernels.score_norm import key_norm_scores
+from kvevict.kernels.score_products import projected_norms, quadratic_scores
 from kvevict.kernels.select_topk import evict_slots, topk_adaptive, topk_indices
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "move_flags",
     "move_rows",
     "pool_scores",
+    "projected_norms",
+    "quadratic_scores",
     "slots_from_end",
     "topk_adaptive",
     "topk_indices",

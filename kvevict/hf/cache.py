@@ -21,8 +21,10 @@ from kvevict.hf.attention import NAME, SET_UP, set_up
 from kvevict.hf.choice import Choice, choose_together
 from kvevict.hf.layer import EvictingLayer, Eviction, new_tokens
 from kvevict.hf.static import StaticEvictingLayer
+from kvevict.hf.weights import bound
 from kvevict.policies import (
     NAMED,
+    OF_MODEL,
     RECOMMENDED,
     RECOMMENDED_FOR_SHARES,
     Budget,
@@ -36,7 +38,7 @@ from kvevict.policies import (
 )
 
 logger = logging.getLogger("kvevict")
-POLICIES: dict[str, Policy] = {"recommended": RECOMMENDED} | NAMED
+POLICIES: dict[str, Policy] = {"recommended": RECOMMENDED} | NAMED | OF_MODEL
 LEARNED = "learned"  # the scorer that the package carries for the model
 
 
@@ -133,6 +135,7 @@ class EvictingCache(Cache):
         policy = KeyDiff() if policy is None else policy
         if not isinstance(policy, Policy):
             raise TypeError(f"policy is {policy!r}: expected a kvevict.policies.Policy or its name")
+        policy = bound(policy, model)
         if (keep is None) == (budget is None):
             raise ValueError(f"keep is {keep} and budget is {budget}: expected exactly one of them")
         validate.integer("interval", interval, 0)

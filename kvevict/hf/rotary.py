@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvevict.policies.rotary import before_rope
+
 STATIC = ("default", "linear", "llama3")  # kinds of RoPE whose frequencies do not change with the text's length
 
 
@@ -38,13 +40,3 @@ def inv_freq(model: Any) -> Tensor:
     if not torch.allclose(before_rope(turned, frequencies), keys, atol=1e-4):
         raise ValueError(f"{name} turns other pairs of elements than j and j + R/2: expected RoPE as Llama has it")
     return frequencies
-
-
-def before_rope(keys: Tensor, inv_freq: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Keys [..., S, D] turned back by their positions, [..., S]; None: 0 to S - 1."""
-    if positions is None:
-        positions = torch.arange(keys.shape[-2], device=keys.device)
-    angle = positions[..., None] * inv_freq
-    cosine, sine, half = angle.cos(), angle.sin(), len(inv_freq)
-    x, y, still = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
-    return torch.cat([x * cosine + y * sine, y * cosine - x * sine, still], -1)

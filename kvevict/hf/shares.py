@@ -81,6 +81,11 @@ def check_served(config: Any, policy: Policy, *, for_ever: bool, static: bool) -
             f"{said}, by {type(policy).__name__}, which reads {' and '.join(noted)}: expected with budget= a policy "
             "that reads keys, values or queries, because nothing else is noted over unequal heads; or keep="
         )
+    if for_ever and not policy.by_row:
+        raise ValueError(
+            f"{said}, by {type(policy).__name__}, which reads W_O of all heads of a layer at once: expected keep=, or "
+            "with budget= heads='each' and equal shares"
+        )
 
 
 def told(budget: Budget, layers: Sequence[EvictingLayer], heads: int, policy: Policy) -> list[Keep] | None:

@@ -6,6 +6,8 @@ from dataclasses import replace
 from kvevict.policies.attention import TOVA, AttentionMass, SnapKV
 from kvevict.policies.base import Policy
 from kvevict.policies.budgets import Budget, Fixed, LayerWide, ModelWide, Pyramid, Uniform, model_wide
+from kvevict.policies.defensive import DefensiveKV
+from kvevict.policies.expected import ExpectedAttention
 from kvevict.policies.keys import KeyDiff, KeyNorm
 from kvevict.policies.learned import Learned
 from kvevict.policies.learned_kv import LearnedKV
@@ -28,6 +30,13 @@ NAMED: dict[str, Policy] = {
     "random": Random(),
 }
 
+# By name as well, where a model's weights are at hand: EvictingCache fills them in.
+OF_MODEL: dict[str, Policy] = {
+    "expected-attention": ExpectedAttention(),
+    "defensivekv": DefensiveKV(),
+    "criticalkv": SnapKV(value_norms="output", heads="adaptive"),
+}
+
 # The best of what bench/quality.py has tried (see the README): the last query's attention and KeyDiff in equal parts by
 # rank, and one selection for all heads of a layer.
 RECOMMENDED = Hybrid(parts=((0.5, TOVA()), (0.5, KeyDiff())), heads="shared")
@@ -39,11 +48,14 @@ RECOMMENDED_FOR_SHARES = replace(RECOMMENDED, heads="each")
 __all__ = [
     "LRU",
     "NAMED",
+    "OF_MODEL",
     "RECOMMENDED",
     "RECOMMENDED_FOR_SHARES",
     "TOVA",
     "AttentionMass",
     "Budget",
+    "DefensiveKV",
+    "ExpectedAttention",
     "Fixed",
     "Hybrid",
     "KeyDiff",

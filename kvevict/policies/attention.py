@@ -11,6 +11,7 @@ from torch import Tensor
 from kvevict import ops, validate
 from kvevict.policies.base import Policy
 from kvevict.policies.observed import Observed
+from kvevict.policies.weighing import WeighsValues, windowed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class AttentionMass(Policy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(Policy):
+class SnapKV(WeighsValues):
     """Attention of the last queries, pooled over neighbours; these queries' own tokens stay (arXiv 2404.14469).
 
     Attributes:
@@ -75,7 +76,6 @@ class SnapKV(Policy):
     """
 
     variant: str = "kvpress"
-    needs: ClassVar[frozenset[str]] = frozenset({"queries"})
     comparable: ClassVar[str] = "layer"
 
     def __post_init__(self) -> None:
@@ -92,9 +92,11 @@ class SnapKV(Policy):
         return self.sink, max(self.recent, self.window)
 
     def scores(self, seen: Observed) -> Tensor:
+        return self.weighed(self._attention(seen), seen)
+
+    def _attention(self, seen: Observed) -> Tensor:
         queries, keys = seen.last_queries(self.window), seen.keys
-        H, S = keys.shape[1:3]
-        in_window = torch.arange(S, device=keys.device) >= seen.ends() - queries.shape[2]
+        H, in_window = keys.shape[1], windowed(seen, queries)
 
         def before_window(mass: Tensor) -> Tensor:
             return mass.masked_fill(in_window, float("-inf"))  # for pooling: no token here

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -74,6 +74,20 @@ class Policy(abc.ABC):
     def reads_positions(self) -> bool:
         """Whether `scores` depends on where in the sequence a token was, None in Observed being its slot."""
         return False
+
+    @property
+    def unbound(self) -> frozenset[str]:
+        """Fields that hold a model's weights or angles, and are still to be filled in: see `bound`."""
+        return frozenset()
+
+    def bound(self, **weights) -> Policy:
+        """Itself with the fields that `unbound` names filled in: of these, rotary=, output=."""
+        return replace(self, **{name: weights[name] for name in self.unbound})
+
+    @property
+    def by_row(self) -> bool:
+        """Whether a head may be shown as a request of its own, as heads of unequal length are."""
+        return True
 
     @property
     def spread(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,6 +62,17 @@ class Hybrid(Policy):
     @property
     def reads_positions(self) -> bool:
         return any(policy.reads_positions for _, policy in self.parts)
+
+    @property
+    def unbound(self) -> frozenset[str]:
+        return frozenset().union(*(policy.unbound for _, policy in self.parts))
+
+    def bound(self, **weights) -> Policy:
+        return replace(self, parts=tuple((weight, policy.bound(**weights)) for weight, policy in self.parts))
+
+    @property
+    def by_row(self) -> bool:
+        return all(policy.by_row for _, policy in self.parts)
 
     @property
     def window(self) -> int:

@@ -7,6 +7,9 @@ from kvevict import paged
 DENSE = (
     scores.keydiff_scores,
     scores.key_norm_scores,
+    scores.kv_scores,
+    scores.quadratic_scores,
+    scores.projected_norms,
     scores.mlp_scores,
     scores.pool_scores,
     scores.combine_scores,
@@ -21,6 +24,7 @@ DENSE = (
 )
 PAGED = (
     pages.paged_scores,
+    pages.paged_kv_scores,
     pages.paged_attention_mass,
     pages.paged_decode_attention,
     pages.paged_compact,

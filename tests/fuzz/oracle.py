@@ -150,6 +150,33 @@ def keydiff(keys: list[Row], anchor: Row) -> Row:
     return [score(key) for key in keys]
 
 
+def turned_back(key: Row, position: int, angles: Row) -> Row:
+    """The key before RoPE turned elements j and j + R/2 by position · angles[j]."""
+    before, half = list(key), len(angles)
+    for j, angle in enumerate(angles):
+        x, y, cosine, sine = key[j], key[j + half], math.cos(position * angle), math.sin(position * angle)
+        before[j], before[j + half] = x * cosine + y * sine, y * cosine - x * sine
+    return before
+
+
+def fitted_terms(key: Row, value: Row, cosine: float, weights: Row) -> Row:
+    """What adds up to a token's fitted score: each feature times its weight. NaN where key or value is not finite."""
+    if not finite(key) or not finite(value):
+        return [math.nan]
+    log_norms = [math.log(max(norm(row), 1e-12)) for row in (key, value)]
+    return list(map(mul, [*key, *value, *log_norms, cosine, 1.0], weights))
+
+
+def quadratic_terms(key: Row, matrix: list[Row], linear: Row) -> Row:
+    """What adds up to key · (matrix · key + linear)."""
+    return [x * y for x, row, b in zip(key, matrix, linear, strict=True) for y in (*map(mul, row, key), b)]
+
+
+def projected_norm(value: Row, matrices: list[list[Row]]) -> float:
+    """The L1 norm of matrix · value, mean over the matrices of a group."""
+    return math.fsum(abs(dot(row, value)) for matrix in matrices for row in matrix) / len(matrices)
+
+
 def visible(query: int, queries: int, length: int, causal: bool) -> int:
     """How many keys a request's query sees: it is the token max(length - W, 0) + query. 0: the query is padding."""
     valid = min(queries, length)

@@ -9,7 +9,15 @@ from fuzz.attention import check_decoded, check_mass, draw_decode, draw_lse, dra
 from fuzz.checks import Case, opened, same, shaped, tables_per_head
 from fuzz.drawing import FLOATS, ROWS, Draw, Paged
 from fuzz.memory import Buffer, elements
-from fuzz.scores import check_keydiff, draw_anchor, head_anchor
+from fuzz.scores import (
+    before_rope,
+    check_fitted,
+    check_keydiff,
+    draw_anchor,
+    draw_turn,
+    draw_weights,
+    head_anchor,
+)
 from kvevict import paged
 
 
@@ -20,15 +28,33 @@ def draw_paged(draw: Draw, dtypes=FLOATS, any_bytes: bool = False) -> Paged:
 def paged_scores(draw: Draw) -> Case:
     cache = draw_paged(draw)
     cache.spoil_unused(draw)
-    anchor = draw_anchor(draw, cache.B, cache.H, cache.D)
+    anchor, turn = draw_anchor(draw, cache.B, cache.H, cache.D), {}
+    if anchor == "unit" and cache.D % 2 == 0 and draw.chance(0.4):
+        turn = draw_turn(draw, cache.B, cache.H, cache.S, cache.D)
 
     def check(result, _) -> None:
         got, rows = shaped(result, (cache.B, cache.H, cache.S), torch.float32), cache.rows(cache.keys)
-        for b in range(cache.B):
-            for h in range(cache.H):
-                check_keydiff(got[b][h], rows[b][h], head_anchor(anchor, b, h), cache.S, f"scores[{b}][{h}]")
+        for b, h in cache.each_head():
+            before, off = before_rope(rows[b][h], turn, b, h), 2e-5 if turn else 0
+            check_keydiff(got[b][h], before, head_anchor(anchor, b, h), cache.S, f"scores[{b}][{h}]", off)
 
-    return Case(dict(**cache.arguments(), anchor=anchor), check, sizes=dict(S=cache.S, paged=cache))
+    return Case(dict(**cache.arguments(), anchor=anchor, **turn), check, sizes=dict(S=cache.S, paged=cache))
+
+
+def paged_kv_scores(draw: Draw) -> Case:
+    cache = draw_paged(draw)
+    while cache.D % 2:
+        cache = draw_paged(draw)
+    cache.spoil_unused(draw)
+    weights = draw_weights(draw, cache.B, cache.H, cache.D + cache.values.shape[3] + 4)
+    turn = draw_turn(draw, cache.B, cache.H, cache.S, cache.D)
+    arguments = dict(weights=weights, return_keydiff=draw.chance(0.5), **turn)
+
+    def check(result, _) -> None:
+        check_fitted(result, cache.rows(cache.keys), cache.rows(cache.values), arguments, cache.S)
+
+    arguments |= dict(**cache.arguments(), value_cache=cache.values)
+    return Case(arguments, check, sizes=dict(S=cache.S, paged=cache))
 
 
 def paged_queries(draw: Draw, cache: Paged, W: int) -> Buffer:

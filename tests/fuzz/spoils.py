@@ -12,7 +12,7 @@ from fuzz.checks import Case
 from fuzz.drawing import Draw
 from fuzz.memory import Buffer
 
-FLAGS = ("inplace", "preserve_order", "causal", "return_lse")
+FLAGS = ("inplace", "preserve_order", "causal", "return_lse", "return_keydiff")
 WORDS = ("heads", "reduce", "mode", "to", "normalize")
 WRITTEN = {
     "compact": ("keys", "values"),

@@ -326,3 +326,37 @@ def test_keydiff_before_rope_in_pages():
     out = unwritten(2, 2, table.shape[1] * 16)
     arguments = keys, None, None, angles(32), None, torch.tensor([70, 33], dtype=torch.int32), None, out, table
     assert_close("kv_scores", *arguments, out=(7,), error=1e-5)
+
+
+def test_far_attention():
+    """A whole prompt and a window, whose queries count from so many tokens on."""
+    for W, S, distance in ((200, 300, 33), (3, 300, 7), (200, 300, 1000)):
+        queries, keys = normal(2, 4, W, 64, dtype=BF16), normal(2, 2, S, 64, dtype=BF16, seed=1)
+        lengths, scale = torch.tensor([S, S - S // 3]), 0.125
+        lse, out = torch.empty(2, 4, W), unwritten(2, 2, S)
+        reference.attention_lse(queries, keys, scale, True, lengths, lse)
+        arguments = (queries, keys, lse, scale, True, "mean", True, lengths, out, None, distance)
+        assert_close("attention_mass", *arguments, out=[8], error=1e-4)
+
+
+def test_fitted_scores_of_heads_as_requests_in_pages():
+    keys, table = pages(3, 1, 70, 64, BF16)
+    out, weights = unwritten(3, 1, table.shape[1] * 16), normal(3, 1, 132, seed=2) / 8
+    positions = torch.randint(0, 5000, out.shape, generator=torch.Generator().manual_seed(3))
+    lengths = torch.tensor([70, 33, 1], dtype=torch.int32)
+    arguments = keys, keys, weights, angles(32), positions, lengths, out, None, table
+    assert_close("kv_scores", *arguments, out=(6,), error=3e-4)
+
+
+@pytest.mark.parametrize("dtype, D, S", matrix((BF16, FP16, FP32, E4M3), (64, 80, 128, 320), (70,), quick=[
+    (BF16, 128, 70), (FP32, 64, 70),
+]))  # fmt: skip
+def test_products(dtype, D, S):
+    """Sums of D² products, and of M · D; those of a 16-bit matrix and its remainder are 16 bits exact."""
+    keys, linear = normal(2, 2, S, D, dtype=dtype), normal(2, 4, D, seed=1)
+    half = normal(2, 4, D, D, seed=2)
+    quadratic, lengths = half @ half.mT / D**1.5, torch.tensor([S, S // 3])
+    arguments = keys, linear, quadratic, lengths, unwritten(2, 4, S)
+    assert_close("quadratic_scores", *arguments, out=[4], error=1e-4 * D**0.5)
+    weight = normal(100, 4 * D, dtype=BF16 if dtype.itemsize == 1 else dtype, seed=3)
+    assert_close("projected_norms", keys, weight, lengths, unwritten(2, 2, S), out=[3], error=1e-3 * D**0.5)

@@ -1,0 +1,81 @@
+"""DefensiveKV: keep what any of the last queries may need, rather than what they need on average."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d
+
+from kvevict import ops
+from kvevict.policies.observed import Observed
+from kvevict.policies.weighing import WeighsValues, windowed
+
+FIRST = 0.9  # of the mean attention: its tokens go before all others
+POOL = 5  # neighbours
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefensiveKV(WeighsValues):
+    """The most attention that any of the last 32 queries, of any head of the group, gives a token, and for all at least
+    the mean of that; times the token's share of ‖W_O v‖₁. Each row of attention over the tokens before these queries is
+    averaged over 5 neighbours and scaled back to its sum. Before all others go the tokens that hold the first 90 % of
+    the mean attention, what the queries' own tokens draw being a part of it. Feng et al. (arXiv 2510.13334).
+
+    The authors choose over the heads of a layer (heads="adaptive"), or of all layers: with `ModelWide`.
+
+    Attributes:
+        value_norms: "output" is the paper's.
+    """
+
+    heads: str = "adaptive"
+    value_norms: str | None = "output"
+    comparable: ClassVar[str] = "model"
+
+    @property
+    def window(self) -> int:
+        return 32
+
+    @property
+    def protected(self) -> tuple[int, int]:
+        return self.sink, max(self.recent, self.window)
+
+    def scores(self, seen: Observed) -> Tensor:
+        queries, keys = seen.last_queries(self.window), seen.keys
+        before = ~windowed(seen, queries).expand(keys.shape[:3])
+        lse = ops.attention_lse(queries, keys, lengths=seen.lengths)
+        mean = ops.attention_mass(queries, keys, lse=lse, lengths=seen.lengths).masked_fill(~before, 0.0)
+        most = self._peaks(queries, keys, lse, before)
+        scores = torch.maximum(most, most.sum(-1, keepdim=True) / before.sum(-1, keepdim=True).clamp(min=1))
+        if self.value_norms is not None:
+            norms = self.norms(seen).masked_fill(~before, 0.0)
+            scores = scores * norms / norms.sum(-1, keepdim=True)
+        # At most 1 so far: what goes first has more, in the order of its mean attention.
+        scores = torch.where(self._first(mean), 1.0 + mean, scores)
+        return scores.masked_fill(~before, float("-inf"))
+
+    def _peaks(self, queries: Tensor, keys: Tensor, lse: Tensor, before: Tensor) -> Tensor:
+        """[B, H, S]: the most of any row of the group's attention, pooled. A KV head at a time: its rows of weights are
+        32 · G numbers a token, those of all heads would be as many times its keys as there are heads."""
+        H, D = keys.shape[1], keys.shape[3]
+        most = torch.zeros(before.shape, device=keys.device)
+        lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # padding draws nothing
+        for h, (rows, sums) in enumerate(zip(queries.chunk(H, 1), lse.chunk(H, 1), strict=True)):
+            there = before[:, None, None, h]
+            logits = rows.float() @ keys[:, None, h].float().mT * D**-0.5  # [B, G, W, S]
+            weights = (logits - sums[..., None]).exp().masked_fill(~there, 0.0)
+            pooled = avg_pool1d(weights.flatten(0, 2)[:, None], POOL, stride=1, padding=POOL // 2)
+            pooled = pooled.view(weights.shape).masked_fill(~there, 0.0)
+            rescale = weights.sum(-1, keepdim=True) / pooled.sum(-1, keepdim=True).clamp(min=1e-30)
+            most[:, h] = (pooled * rescale).amax((1, 2))
+        return most
+
+    @staticmethod
+    def _first(mean: Tensor) -> Tensor:
+        """[B, H, S] bool: the tokens before the one at which 90 % are reached, what the window draws being counted."""
+        drawn = mean.sum(-1, keepdim=True)
+        held, order = mean.sort(dim=-1, descending=True, stable=True)
+        reached = (held / drawn.clamp(min=1e-30)).cumsum(-1) >= FIRST - (1.0 - drawn)
+        return torch.zeros_like(reached).scatter_(-1, order, ~reached)

@@ -1,0 +1,68 @@
+"""kvpress scores as we do, where it has the method. It wants an older transformers than the rest of the project:
+
+.venv-peers/bin/python -m pip install pytest hypothesis   # beside what `make quality-peers` installs
+KVEVICT_BACKEND=reference PYTHONPATH=. .venv-peers/bin/python -m pytest tests/test_kvpress.py
+"""
+
+import pytest
+import torch
+
+kvpress = pytest.importorskip("kvpress")
+
+from test_hf import prompt, tiny
+from transformers import DynamicCache
+
+import kvevict
+from kvevict import models
+from kvevict.hf.rotary import inv_freq
+from kvevict.hf.weights import output_weights
+from kvevict.policies import ExpectedAttention, Observed, SnapKV
+
+
+@pytest.fixture(scope="module")
+def layers():
+    """Of a tiny model: (attention module, its input, keys, values, queries) for each layer, and the model."""
+    model = tiny(num_hidden_layers=2)
+    cache = DynamicCache()
+    with torch.no_grad(), models.capture(model) as captured:
+        model(prompt(130), past_key_values=cache)
+    found = []
+    for i, layer in enumerate(cache.layers):
+        module = model.model.layers[i].self_attn
+        module.rotary_emb = model.model.rotary_emb  # as a press's hooks set it
+        queries, hidden = captured.of(i)
+        found.append((module, hidden, layer.keys, layer.values, queries))
+    return model, found
+
+
+def press_scores(press, module, hidden, keys, values, model):
+    positions = torch.arange(keys.shape[2])[None]
+    more = {"position_embeddings": model.model.rotary_emb(hidden, positions)}
+    with torch.no_grad():
+        return press.score(module, hidden, keys, values, None, more)
+
+
+def test_expected_attention(layers):
+    model, found = layers
+    policy = ExpectedAttention(rotary=inv_freq(model))
+    for i, (module, hidden, keys, values, queries) in enumerate(found):
+        theirs = press_scores(kvpress.ExpectedAttentionPress(), module, hidden, keys, values, model)
+        with kvevict.backend("reference"):
+            ours = policy.scores(Observed(keys=keys, values=values, queries=queries, layer=i))
+        torch.testing.assert_close(ours[..., 4:], theirs[..., 4:], rtol=1e-3, atol=1e-6)
+
+
+def test_norms_of_critical_kv(layers):
+    model, found = layers
+    plain = SnapKV()
+    policy = SnapKV(value_norms="output", output=output_weights(model))
+    for i, (module, hidden, keys, values, queries) in enumerate(found):
+        norms = kvpress.CriticalKVPress.vwl1norm(values, module).detach()
+        seen = Observed(keys=keys, values=values, queries=queries, layer=i)
+        with kvevict.backend("reference"):
+            torch.testing.assert_close(policy.norms(seen), norms, rtol=1e-5, atol=1e-6)
+            press = kvpress.SnapKVPress()
+            theirs = (press_scores(press, module, hidden, keys, values, model) + 1e-4) * norms
+            before = slice(0, 130 - 64)
+            torch.testing.assert_close(policy.scores(seen)[..., before], theirs[..., before], rtol=1e-3, atol=1e-6)
+            assert not torch.allclose(plain.scores(seen)[..., before], theirs[..., before], rtol=1e-1)
