@@ -19,7 +19,7 @@ endif
 PLAIN = KVEVICT_BACKEND=$$($(PY) -c "import torch; print('auto' if torch.cuda.is_available() else 'reference')")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train test test-ptx test-versions test-all fuzz mutate test-vllm lint bench quality quality-shares quality-peers clean
+.PHONY: help setup demo train test test-ptx test-versions test-all fuzz mutate test-vllm lint bench quality quality-shares quality-peers docs docs-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -110,6 +110,12 @@ test-versions: $(VERSIONS:%=.venv-versions/%/.installed)  ## a few tests at othe
 	    tests/test_compile_matrix.py tests/test_score_keydiff.py tests/test_select_topk.py tests/test_compact_kv.py \
 	    tests/test_decode_attention.py tests/test_score_attention.py || failed="$$failed $$version"; done; \
 	    test -z "$$failed" || { echo "failed with Triton$$failed"; exit 1; }
+
+docs: $(READY)  ## the site, into build/site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+docs-serve: $(READY)  ## the site at http://127.0.0.1:8000, built anew as its pages change
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve
 
 lint: $(READY)  ## ruff (lint, format) and mypy
 	$(PY) -m ruff check .

@@ -66,9 +66,9 @@ def score_config(
     # Four programs on every multiprocessor have 96 KiB under way, where an H100 asks for 14 (latency times bandwidth,
     # idle) to 64 (under load), and fit beside each other with up to 128 registers a thread: one wave. Rounded down,
     # because a few programs left over cost a wave of their own. With eight, the programs of 8 rows of 32K would read
-    # as much of partial anchors (from L2, splits² · 4D bytes a row) as of K: 28.6 µs instead of 22.4.
-    # In a shorter row partial anchors are at most half of K, and a run is at least 128 tokens: with three of its four
-    # tiles under way from the start, a shorter one would gain nothing.
+    # as much of partial sums (of raw keys: from L2, splits² · 4D bytes a row) as of K: 28.6 µs instead of 22.4.
+    # In a shorter row these are at most half of K, and a run is at least 128 tokens: with three of its four tiles under
+    # way from the start, a shorter one would gain nothing.
     splits = max(1, min(4 * multiprocessors // rows, tokens // 128, math.isqrt(tokens * element_size // 8)))
     chunk = cdiv(cdiv(tokens, splits), block_tokens) * block_tokens
     return ScoreConfig(block_dim, block_tokens, cdiv(tokens, chunk), chunk, 4, stages)

@@ -1,4 +1,4 @@
-"""Helpers with two callers or more: an ordering of floats, a search, the value of a key."""
+"""Helpers with two callers or more: an ordering of floats, sums in fixed point, a search, the value of a key."""
 
 import torch
 import triton
@@ -40,6 +40,49 @@ def count_below(indices_ptr, n, value):
         first = tl.where(below > 0, first_after, first)
         remaining = tl.where(below > 0, remaining_after, 0)
     return first
+
+
+FIXED_TILES = tl.constexpr(256)  # as many numbers of at most 1 add up in an int32, and twice as many less one
+
+
+@triton.jit
+def to_fixed(x, factor):
+    """x · factor, which is at most 1 but for rounding, in units of 2⁻²², the nearest int32.
+
+    The last bit of a float32 from 2 to 4 is worth 2⁻²²: that of 3 + x · factor, rounded once, as every GPU does.
+    """
+    return tl.fma(x, factor, 3.0).to(tl.int32, bitcast=True) - 0x40400000  # the bits of 3.0
+
+
+@triton.jit
+def sum_fixed(total):
+    """[rows, columns] int32 -> [columns] int64: the sums of columns, by way of their upper and lower halves, whose own
+    sums are int32."""
+    return tl.sum(total >> 16, 0).to(tl.int64) * 65536 + tl.sum(total & 0xFFFF, 0).to(tl.int64)
+
+
+@triton.jit
+def mean_of_fixed(total, count):
+    """float32 from int64 sums and the number of their terms; each step rounds in one way only."""
+    return tl.div_rn(total.to(tl.float32) * 2.0**-22, count.to(tl.float32))
+
+
+@triton.jit
+def fixed_squares(x, most):
+    """int64: Σ (x / most)², |x| ≤ most, in units of 2⁻⁵², each term rounded down; the same in whatever order. At most
+    1,024 elements."""
+    scaled = tl.div_rn(x, most).to(tl.float64)
+    return tl.sum((scaled * scaled * 2.0**52).to(tl.int64), 0)
+
+
+@triton.jit
+def over_norm(x, most, squares):
+    """Elements of a vector over its norm, or over 1e-8 where that is less; the same bits in every layout of it.
+
+    most: its largest magnitude, but not 0; squares: `fixed_squares` of all of its elements.
+    """
+    inverse = 1.0 / tl.sqrt_rn(squares.to(tl.float32) * 2.0**-52)
+    return tl.div_rn(x, most) * tl.minimum(inverse, most * 1e8)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Scores from keys before RoPE: KeyDiff on them, and a fitted scorer that reads keys and values.
 
-    rotary_anchor_kernel   [rows, splits, 2, pairs] float32: each program sums one run of a row's unit keys, turned back
-    kv_scores_kernel       [B, H, S] float32: each program adds up its row's sums, and scores its own run of tokens:
+    rotary_anchor_kernel   [rows, 2 · pairs + 1] int64: each program sums one run of a row's unit keys, turned back, and
+                           counts them, and adds both to the row's, as in score_keydiff.py
+    kv_scores_kernel       [B, H, S] float32: each program scores one run of tokens:
                                keydiff_i = -cos(k_i, a), a = mean of k_i / ‖k_i‖
                                fitted_i  = w · (k_i, v_i, ln ‖k_i‖, ln ‖v_i‖, cos(k_i, a), 1)
 
@@ -12,7 +13,8 @@ Shapes: keys [B, H, S, D], values [B, H, S, Dv], dense or paged (rows.py); a row
 first R elements, pair j of them (j, R/2 + j), as Llama does; the others stay, as pairs whose angle is 0.
 Bytes per row, e per element: K twice, 2·S·D·e, and V once, S·Dv·e, where there is a fitted score; 4·S of each score
 written; positions read twice, where they are given.
-Launch: rows × splits programs each, as score_keydiff.py, whose order of tokens the second pass has as well.
+Launch: zeros for the sums, then rows × splits programs each, as score_keydiff.py, whose order of tokens the second pass
+has as well.
 
 A key or value whose squared norm is not finite in float32 is not in the mean, and its scores are NaN.
 """
@@ -24,7 +26,7 @@ import triton
 import triton.language as tl
 
 from .launch_config import multiprocessors, score_config
-from .primitives import to_float32
+from .primitives import FIXED_TILES, fixed_squares, mean_of_fixed, over_norm, sum_fixed, to_fixed, to_float32
 from .rows import PerRow, cache_shape, load_float32, per_row, row_length, rows_at, rows_of
 
 _LENGTH_DEPENDENT = ["S", "H", "splits", "chunk"]
@@ -88,7 +90,7 @@ def _load_turned_back(
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def rotary_anchor_kernel(
-    keys, lengths, positions, inv_freq_ptr, sums_ptr, counts_ptr, S, H, splits, chunk,
+    keys, lengths, positions, inv_freq_ptr, sums_ptr, S, H, splits, chunk,
     PAIRS: tl.constexpr, RUN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -96,47 +98,45 @@ def rotary_anchor_kernel(
     b, h = row // H, row % H
     end = tl.minimum(begin + chunk, row_length(lengths, b, h, S))
     angles = _angles(inv_freq_ptr, PAIRS, BLOCK_P)
-    sum_x, sum_y = tl.zeros([BLOCK_S, BLOCK_P], tl.float32), tl.zeros([BLOCK_S, BLOCK_P], tl.float32)
-    count = tl.zeros([BLOCK_S], tl.float32)
-    for start in range(begin, end, BLOCK_S):
-        tokens = start + tl.arange(0, BLOCK_S)
-        here = tokens < end
-        x, y = _load_turned_back(keys, b, h, tokens, here, positions, angles, PAIRS, RUN, BLOCK_P)
-        square = tl.sum(x * x + y * y, 1)
-        counts = here & (square < float("inf"))
-        inverse = tl.rsqrt(tl.maximum(square, 1e-24))[:, None]
-        sum_x += tl.where(counts[:, None], x * inverse, 0.0)
-        sum_y += tl.where(counts[:, None], y * inverse, 0.0)
-        count += counts.to(tl.float32)
+    sums_x, sums_y = tl.zeros([BLOCK_P], tl.int64), tl.zeros([BLOCK_P], tl.int64)
+    count = tl.zeros([BLOCK_S], tl.int32)
+    for first in range(begin, end, FIXED_TILES * BLOCK_S):
+        sum_x, sum_y = tl.zeros([BLOCK_S, BLOCK_P], tl.int32), tl.zeros([BLOCK_S, BLOCK_P], tl.int32)
+        for start in range(first, tl.minimum(first + FIXED_TILES * BLOCK_S, end), BLOCK_S):
+            tokens = start + tl.arange(0, BLOCK_S)
+            here = tokens < end
+            x, y = _load_turned_back(keys, b, h, tokens, here, positions, angles, PAIRS, RUN, BLOCK_P)
+            square = tl.sum(x * x + y * y, 1)
+            counts = here & (square < float("inf"))
+            inverse = tl.rsqrt(tl.maximum(square, 1e-24))[:, None]
+            sum_x += tl.where(counts[:, None], to_fixed(x, inverse), 0)
+            sum_y += tl.where(counts[:, None], to_fixed(y, inverse), 0)
+            count += counts.to(tl.int32)
+        sums_x += sum_fixed(sum_x)
+        sums_y += sum_fixed(sum_y)
     columns = tl.arange(0, BLOCK_P)
-    sums_ptr += program.to(tl.int64) * 2 * BLOCK_P
-    tl.store(sums_ptr + columns, tl.sum(sum_x, 0))
-    tl.store(sums_ptr + BLOCK_P + columns, tl.sum(sum_y, 0))
-    tl.store(counts_ptr + program, tl.sum(count, 0))
+    sums_ptr += row.to(tl.int64) * (2 * BLOCK_P + 1)
+    tl.atomic_add(sums_ptr + columns, sums_x, sem="relaxed")
+    tl.atomic_add(sums_ptr + BLOCK_P + columns, sums_y, sem="relaxed")
+    tl.atomic_add(sums_ptr + 2 * BLOCK_P, tl.sum(count, 0).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
-def _direction(sums_ptr, counts_ptr, first, parts, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr):
-    """[BLOCK_P] twice: the mean of a row's unit keys over its own norm, from the row's partial sums."""
+def _direction(sums_ptr, row, BLOCK_P: tl.constexpr):
+    """[BLOCK_P] twice: the mean of a row's unit keys over its own norm."""
     columns = tl.arange(0, BLOCK_P)
-    sum_x, sum_y = tl.zeros([BLOCK_S, BLOCK_P], tl.float32), tl.zeros([BLOCK_S, BLOCK_P], tl.float32)
-    count = tl.zeros([BLOCK_S], tl.float32)
-    for start in range(0, parts, BLOCK_S):
-        part = start + tl.arange(0, BLOCK_S)
-        pointers = sums_ptr + (first + part)[:, None] * 2 * BLOCK_P + columns[None, :]
-        there = (part < parts)[:, None]
-        sum_x += tl.load(pointers, there, 0.0)
-        sum_y += tl.load(pointers + BLOCK_P, there, 0.0)
-        count += tl.load(counts_ptr + first + part, part < parts, 0.0)
-    number = tl.sum(count, 0)
-    x, y = tl.sum(sum_x, 0) / number, tl.sum(sum_y, 0) / number
-    inverse = tl.rsqrt(tl.maximum(tl.sum(x * x + y * y, 0), 1e-16))
-    return x * inverse, y * inverse
+    sums_ptr += row.to(tl.int64) * (2 * BLOCK_P + 1)
+    number = tl.load(sums_ptr + 2 * BLOCK_P)
+    x = mean_of_fixed(tl.load(sums_ptr + columns), number)
+    y = mean_of_fixed(tl.load(sums_ptr + BLOCK_P + columns), number)
+    most = tl.maximum(tl.maximum(tl.max(tl.abs(x), 0), tl.max(tl.abs(y), 0)), 1e-37)
+    squares = fixed_squares(x, most) + fixed_squares(y, most)
+    return over_norm(x, most, squares), over_norm(y, most, squares)
 
 
 @triton.jit(do_not_specialize=[*_LENGTH_DEPENDENT, "weights_stride_b"])
 def kv_scores_kernel(
-    keys, values, lengths, positions, inv_freq_ptr, weights_ptr, weights_stride_b, sums_ptr, counts_ptr, fitted_ptr,
+    keys, values, lengths, positions, inv_freq_ptr, weights_ptr, weights_stride_b, sums_ptr, fitted_ptr,
     keydiff_ptr, S, H, splits, chunk,
     PAIRS: tl.constexpr, RUN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +144,7 @@ def kv_scores_kernel(
     row, begin = program // splits, program % splits * chunk
     b, h = row // H, row % H
     angles = _angles(inv_freq_ptr, PAIRS, BLOCK_P)
-    mean_x, mean_y = _direction(sums_ptr, counts_ptr, row.to(tl.int64) * splits, splits, BLOCK_P, BLOCK_S)
+    mean_x, mean_y = _direction(sums_ptr, row, BLOCK_P)
     first, second = _columns(PAIRS, keys.width, RUN, BLOCK_P)
     value_columns = tl.arange(0, BLOCK_V)
     if weights_ptr is not None:
@@ -213,13 +213,12 @@ def kv_scores(
         of_heads = 2 * positions.stride(1) + 1 if positions.ndim == 3 else 1
         places = PerRow(positions, 2 * positions.stride(0) + 1, of_heads)
     grid, split = (B * H * config.splits,), (config.splits, config.chunk)
-    sums = torch.empty((B * H, config.splits, 2, block_pairs), dtype=torch.float32, device=keys.device)
-    counts = torch.empty((B * H, config.splits), dtype=torch.float32, device=keys.device)
-    rotary_anchor_kernel[grid](rows, row_lengths, places, inv_freq, sums, counts, S, H, *split, **options)
+    sums = torch.zeros((B * H, 2 * block_pairs + 1), dtype=torch.int64, device=keys.device)
+    rotary_anchor_kernel[grid](rows, row_lengths, places, inv_freq, sums, S, H, *split, **options)
     value_rows = None if values is None else rows_of(values, table)
     of_request = weights.stride(0) if weights is not None and weights.ndim == 3 else 0
     kv_scores_kernel[grid](
-        rows, value_rows, row_lengths, places, inv_freq, weights, of_request, sums, counts, fitted, keydiff,
+        rows, value_rows, row_lengths, places, inv_freq, weights, of_request, sums, fitted, keydiff,
         S, H, *split,
         BLOCK_V=1 if values is None else triton.next_power_of_2(values.shape[3]), **options,
     )  # fmt: skip

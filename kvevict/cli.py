@@ -43,12 +43,17 @@ def demo(
     text: Text = None,
     tokens: Annotated[int, typer.Option(help="Length of the prompt in tokens.")] = 2000,
     keep: Annotated[list[float], typer.Option(help="Share of the cache to keep; may be repeated.")] = [  # noqa: B006
-        1.0,
         0.5,
         0.25,
         0.1,
     ],
-    policy: Annotated[str, typer.Option(help="keydiff, keynorm, attention, ... or all, side by side.")] = "keydiff",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="keydiff, keynorm, attention, ...; may be repeated, or all. Default: recommended, keydiff, "
+            "recency, and learned where the package has it for the model."
+        ),
+    ] = None,
     shares: Annotated[
         str, typer.Option(help="none: equal; or measured ones of the model: layers, or heads of each layer.")
     ] = "none",
@@ -60,7 +65,7 @@ def demo(
 ) -> None:
     """Hide a fact in a long text, shrink the model's KV cache, and ask for the fact."""
     try:
-        demo_module.run(model, text, tokens, keep, policy, shares, weights, device, output)
+        demo_module.run(model, text, tokens, keep, policy or [], shares, weights, device, output)
     except models.Unavailable as error:
         print(f"kvevict demo: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

@@ -138,6 +138,12 @@ def _keydiff_scores_op(keys, anchor, unit, lengths, out, table=None):
     _run("keydiff_scores", keys.device, keys, anchor, unit, lengths, out, table)
 
 
+@_custom_op("anchor_sums(Tensor keys, Tensor? lengths, Tensor(a!) sums, Tensor(b!) counts) -> ()")
+def _anchor_sums_op(keys, lengths, sums, counts):
+    _check_lengths(lengths, keys, None)
+    _run("anchor_sums", keys.device, keys, lengths, sums, counts)
+
+
 @_custom_op(
     "topk_indices(Tensor scores, Tensor? keep_lengths, SymInt sink, SymInt recent, bool shared, Tensor? lengths, "
     "bool trusted, Tensor(a!) out) -> ()"

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from kvevict import models
 from kvevict.backends import backend, pick
-from kvevict.policies import NAMED, Budget, Fixed, Learned, LearnedKV, Policy
+from kvevict.colors import color_of
+from kvevict.policies import NAMED, RECOMMENDED, Budget, Fixed, Learned, LearnedKV, Policy
 from kvevict.policies.shares import find
 
 if TYPE_CHECKING:  # the command line answers --help without transformers
@@ -28,7 +29,10 @@ FACT = "\n\nThe best pizza in Chicago is sold by Kowalski. Remember: the best pi
 QUESTION = "\n\nThe best pizza in Chicago is sold by"
 ANSWER = " Kowalski"
 SHARES = ("none", "layers", "heads")  # what has measured shares of the budget, instead of equal ones
-CHUNK = 256  # tokens of prefill per step of the progress bar
+LEARNED = "learned"
+SIDE_BY_SIDE = ["recommended", "keydiff", "recency"]  # and learned, where the package has it for the model
+MOST_MAPS = 4  # panels beside the losses
+CHUNK = 1000  # tokens of prefill per step of the progress bar: on a CPU, chunks of 256 take twice as long in all
 
 
 @dataclass
@@ -45,6 +49,13 @@ class Row:
     indices: list[Tensor]  # per layer [1, H, n], -1 behind what a head keeps; empty for the whole cache
 
 
+def place_of_fact(tokenizer, tokens: int) -> tuple[int, int]:
+    """Where FACT begins and ends in the prompt."""
+    length = len(tokenizer(FACT, add_special_tokens=False)["input_ids"])
+    begin = (tokens - length) // 2
+    return begin, begin + length
+
+
 def build_prompt(tokenizer, text: str, tokens: int) -> Tensor:
     """[1, tokens] ids of the text with FACT hidden half-way."""
     fact = tokenizer(FACT, add_special_tokens=False)["input_ids"]
@@ -54,7 +65,7 @@ def build_prompt(tokenizer, text: str, tokens: int) -> Tensor:
     if len(body) < tokens - len(fact):
         raise models.Unavailable(f"the text has {len(body)} tokens: expected at least {tokens - len(fact)}")
     body = body[: tokens - len(fact)]
-    half = len(body) // 2
+    half, _ = place_of_fact(tokenizer, tokens)
     return torch.tensor([body[:half] + fact + body[half:]])
 
 
@@ -122,8 +133,9 @@ def held_bytes(cache: EvictingCache) -> int:
     return sum(layer.bytes for layer in cache.report())
 
 
-def draw(rows: list[Row], seen: int, output: pathlib.Path) -> None:
-    """Loss against memory; for one policy, also its kept tokens as heads × position for every share."""
+def draw(rows: list[Row], seen: int, fact: tuple[int, int], title: str, output: pathlib.Path) -> None:
+    """What is kept, heads × position: of one policy for every share, of a few at the share next to a quarter; and loss
+    against memory."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -131,53 +143,66 @@ def draw(rows: list[Row], seen: int, output: pathlib.Path) -> None:
 
     shrunk = [row for row in rows if row.indices]
     policies = list(dict.fromkeys(row.policy for row in shrunk))
-    maps = shrunk if len(policies) == 1 else []
-    with plt.style.context("tableau-colorblind10"):
-        width = 3.2 * (len(maps) + 1) if maps else 6.4
-        figure, axes = plt.subplots(1, len(maps) + 1, figsize=(width, 3.8), layout="constrained", squeeze=False)
-        for axis, row in zip(axes[0], maps, strict=False):
-            kept = torch.cat([torch.zeros(x.shape[1], seen + 1).scatter_(1, x[0] % (seen + 1), 1) for x in row.indices])
-            kept = kept[:, :seen]  # behind it is what -1 names
-            columns = kept[:, : seen // 20 * 20].unflatten(1, (-1, 20)).mean(-1) if seen >= 400 else kept
-            image = axis.imshow(
-                columns.numpy(), aspect="auto", cmap="cividis", vmin=0, vmax=1, extent=(0, seen, len(row.indices), 0)
-            )
-            axis.set(title=f"keep {row.keep:g}", xlabel="position (tokens)", ylabel="layer (a row for each head)")
-        if maps:
-            figure.colorbar(image, ax=axes[0][len(maps) - 1], label="share kept")
-        axis = axes[0][-1]
-        for policy, marker in zip(policies, "osv^D<>PXp*", strict=False):
-            line = [row for row in shrunk if row.policy == policy]
-            axis.plot(
-                [r.bytes / 2**20 for r in line], [r.loss for r in line], marker=marker, markersize=4, label=policy
-            )
-        axis.axhline(rows[0].loss, color="black", linestyle="--", label="whole cache")
-        axis.set(title="loss against memory", xlabel="cache (MiB)", ylabel="loss of the answer (nats/token)")
-        axis.legend(fontsize=7)
-        figure.savefig(output, dpi=130)
-        plt.close(figure)
+    maps = [row for row in shrunk if row.keep < 1]  # the whole cache would be one colour
+    if len(policies) > 1 and maps:
+        shown = min((row.keep for row in maps), key=lambda keep: abs(keep - 0.25))
+        maps = [row for row in maps if row.keep == shown] if len(policies) <= MOST_MAPS else []
+    panels = len(maps) + 1
+    figure, axes = plt.subplots(1, panels, figsize=(2.6 * len(maps) + 5, 3.8), layout="constrained", squeeze=False)
+    for axis, row in zip(axes[0], maps, strict=False):
+        kept = torch.cat([torch.zeros(x.shape[1], seen + 1).scatter_(1, x[0] % (seen + 1), 1) for x in row.indices])
+        kept = kept[:, :seen]  # behind it is what -1 names
+        columns = kept[:, : seen // 20 * 20].unflatten(1, (-1, 20)).mean(-1) if seen >= 400 else kept
+        image = axis.imshow(
+            columns.numpy(), aspect="auto", cmap="cividis", vmin=0, vmax=1, extent=(0, seen, len(row.indices), 0)
+        )
+        for place in fact:
+            axis.axvline(place, color="white", linestyle=":", linewidth=1)
+        axis.set(title=f"{row.policy}, keep {row.keep:g}", xlabel="position (tokens)")
+        axis.annotate("fact ", (fact[0], 0.02 * len(row.indices)), color="white", fontsize=7, ha="right", va="top")
+    if maps:
+        axes[0][0].set_ylabel("layer (a row for each head)")
+        figure.colorbar(image, ax=axes[0][len(maps) - 1], label="share kept")
+    axis = axes[0][-1]
+    for policy, marker in zip(policies, "osv^D<>PXp*dh", strict=False):
+        line = [row for row in shrunk if row.policy == policy]
+        axis.plot(
+            [r.bytes / 2**20 for r in line], [r.loss for r in line],
+            marker=marker, markersize=4, label=policy, color=color_of(policy),
+        )  # fmt: skip
+    axis.axhline(rows[0].loss, color="black", linestyle="--", label="whole cache")
+    axis.set(title="loss against memory", xlabel="cache (MiB)", ylabel="loss of the answer (nats/token)")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(output, dpi=130)
+    plt.close(figure)
 
 
-def chosen_policies(name: str, weights: pathlib.Path | None) -> dict[str, Policy]:
-    """The policy called `name`, or all; "learned" from its weights, which are of the package where None are given:
-    then the model says which (`add_learned`).
+def chosen_policies(names: list[str], weights: pathlib.Path | None) -> dict[str, Policy]:
+    """The policies called so, or all; "learned" from its weights. Where none are given they are the package's, and then
+    the model says which (`add_learned`).
 
     Raises:
         kvevict.models.Unavailable: unknown name, no weights or damaged ones.
     """
-    trained: dict[str, Policy] = {}
-    if weights is not None and name in ("learned", "all"):
-        try:
-            trained = {"learned": _load(weights)}
-        except (OSError, ValueError) as error:
-            raise models.Unavailable(f"--policy is {name}, without weights: {error}") from error
-    if name == "all":
-        return NAMED | trained
-    if name == "learned":
-        return trained
-    if name not in NAMED:
-        raise models.Unavailable(f"--policy is {name}: expected one of {', '.join(NAMED)}, learned, all")
-    return {name: NAMED[name]}
+    known: dict[str, Policy] = {"recommended": RECOMMENDED, **NAMED}
+    if "all" in names:
+        names = [*known, LEARNED]
+    policies: dict[str, Policy] = {}
+    for name in names:
+        if name == LEARNED:
+            if weights is not None:
+                try:
+                    policies[name] = _load(weights)
+                except (OSError, ValueError) as error:
+                    raise models.Unavailable(f"--policy is {name}, without weights: {error}") from error
+        elif name in known:
+            policies[name] = known[name]
+        else:
+            raise models.Unavailable(f"--policy is {name}: expected one of {', '.join(known)}, {LEARNED}, all")
+    return policies
 
 
 def _load(weights: pathlib.Path) -> Policy:
@@ -188,17 +213,17 @@ def _load(weights: pathlib.Path) -> Policy:
         return Learned.load(weights)
 
 
-def add_learned(policies: dict[str, Policy], name: str, config: Any) -> None:
-    """The scorer that the package has for the model, where it is asked for by name or among all.
+def add_learned(policies: dict[str, Policy], config: Any, required: bool) -> None:
+    """The scorer that the package has for the model.
 
     Raises:
-        kvevict.models.Unavailable: it is asked for by name, and there is none.
+        kvevict.models.Unavailable: it is `required`, and there is none.
     """
     try:
-        policies["learned"] = LearnedKV.of_model(config)
+        policies[LEARNED] = LearnedKV.of_model(config)
     except ValueError as error:
-        if name == "learned":
-            raise models.Unavailable(f"--policy is learned: {error}") from error
+        if required:
+            raise models.Unavailable(f"--policy is {LEARNED}: {error}") from error
 
 
 def shared_out(shares: str, model: Any, keep: float) -> float | Budget:
@@ -229,7 +254,7 @@ def run(
     text: pathlib.Path | None,
     tokens: int,
     keep: list[float],
-    policy_name: str,
+    names: list[str],
     shares: str,
     weights: pathlib.Path | None,
     device: str,
@@ -257,7 +282,7 @@ def run(
         raise models.Unavailable(f"--output is {output}: expected a file in an existing folder")
     if shares not in SHARES:
         raise models.Unavailable(f"--shares is {shares}: expected one of {', '.join(SHARES)}")
-    policies = chosen_policies(policy_name, weights)
+    policies = chosen_policies(names or SIDE_BY_SIDE, weights)
     body = models.read_text(text)
     models.known_device(device)
     where = pick(torch.device(device)).__name__.rpartition(".")[2]
@@ -270,8 +295,8 @@ def run(
         loading = progress.add_task(f"loading {model_name}", total=None)
         model, tokenizer = models.load(model_name, device)
         progress.remove_task(loading)
-        if policy_name in ("learned", "all") and weights is None:
-            add_learned(policies, policy_name, model.config)
+        if weights is None and (not names or {LEARNED, "all"} & set(names)):
+            add_learned(policies, model.config, required=LEARNED in names)
         if shares == "heads":
             policies = {name: replace(policy, heads="each") for name, policy in policies.items()}
         budgets = [shared_out(shares, model, share) for share in keep]
@@ -291,7 +316,7 @@ def run(
                     shrunk, indices, seconds = evicted(cache, budget)
                 except ValueError as error:
                     raise models.Unavailable(f"--policy is {name} with --shares {shares}: {error}") from error
-                if beside and shares == "none" and policy.spread == "layers":
+                if beside and shares == "none" and policy.spread == "layers" and share == min(keep):
                     heads = zip(kept_by_kernels(cache, share)[0], indices[0][0], strict=True)
                     same += sum(int(torch.isin(*both).sum()) for both in heads)
                     compared += indices[0].numel()
@@ -307,17 +332,19 @@ def run(
     elif device == "cpu" and where == "triton":
         where = "triton kernels, interpreted on the CPU: the time says nothing about a GPU"
     of = "" if shares == "none" else f", measured shares of {shares}"
-    table = Table(title=f"{model_name}, {tokens} tokens{of}")
-    for column in ("policy", "keep", "tokens", "before MiB", "after MiB", "evict ms", "loss", "answer"):
+    title = f"{model_name}, {tokens} tokens{of}"
+    table = Table(title=title)
+    for column in ("policy", "keep", "tokens", "MiB", "evict ms", "loss", "answer"):
         table.add_column(column, justify="left" if column in ("policy", "answer") else "right")
     for row in rows:
-        mib = [f"{size / 2**20:.1f}" for size in (rows[0].bytes, row.bytes)]
         kept, time_ms = (f"{row.keep:g}", f"{row.seconds * 1e3:.1f}") if row.indices else ("-", "-")
-        table.add_row(row.policy, kept, str(row.tokens), *mib, time_ms, f"{row.loss:.4f}", row.answer)
+        table.add_row(
+            row.policy, kept, str(row.tokens), f"{row.bytes / 2**20:.1f}", time_ms, f"{row.loss:.2f}", row.answer
+        )
     console.print(table)
-    if policy_name == "all" and "learned" not in policies:
+    if "all" in names and LEARNED not in policies:
         console.print("without learned, which the package has not for this model: `kvevict train` makes it")
     console.print(f"backend: {where}")
     console.print(f"the right answer: {ANSWER.strip()}   loss: nats per token of it   picture: {output}")
-    draw(rows, tokens, output)
+    draw(rows, tokens, place_of_fact(tokenizer, tokens), title, output)
     return rows

@@ -66,6 +66,9 @@ def keydiff_scores(
     finite key all scores are NaN. Keys of any finite norm are scored by the formula, with torch's epsilons (1e-12 for
     unit keys, 1e-8 for the cosine). Scores of the same keys in another memory layout agree to 1e-6.
 
+    Components of unit keys are rounded to multiples of 2⁻²² and added as integers, so that "unit" gives the same bits
+    whatever the number of a GPU's multiprocessors. With "raw" the last bits of the sum depend on that.
+
     Args:
         keys: [B, H, S, D], after RoPE.
         anchor: "unit", a = mean of k_i / ‖k_i‖ (the paper); "raw", a = mean of k_i; or a tensor [B, H, D].
@@ -79,6 +82,33 @@ def keydiff_scores(
         TypeError, ValueError: see the module; values of `lengths` on a GPU are asserted on the device.
     """
     return _keydiff(_dense(keys, lengths), anchor, inv_freq, positions)
+
+
+def anchor_sums(keys: Tensor, *, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What the anchor of `keydiff_scores` is made of, for sequences that lie in parts: the parts' sums add up.
+
+    Args:
+        keys, lengths: as there.
+
+    Returns:
+        sums [B, H, D] int64 of the finite unit keys k_i / ‖k_i‖, each component rounded to a multiple of 2⁻²² and in
+        these units; and their number [B, H] int64. `keydiff_scores(keys, anchor=anchor_mean(sums, counts))` is
+        `keydiff_scores(keys)`, bit for bit.
+
+    Raises:
+        TypeError, ValueError: see the module.
+    """
+    cache = _dense(keys, lengths)
+    B, H, _, D = cache.shape
+    sums = torch.empty((B, H, D), dtype=torch.int64, device=keys.device)
+    counts = torch.empty((B, H), dtype=torch.int64, device=keys.device)
+    torch.ops.kvevict.anchor_sums(cache.keys, cache.lengths, sums, counts)
+    return sums, counts
+
+
+def anchor_mean(sums: Tensor, counts: Tensor) -> Tensor:
+    """The anchor [B, H, D] float32 from what `anchor_sums` gives, or what that adds up to over parts."""
+    return sums.float() * 2.0**-22 / counts[..., None].float()
 
 
 def kv_scores(

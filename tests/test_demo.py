@@ -52,16 +52,16 @@ def test_text_too_short():
 def test_learned_is_the_packages_or_what_is_given(tmp_path):
     from transformers import LlamaConfig
 
-    policies = demo.chosen_policies("all", None)
-    assert set(policies) == set(NAMED) and demo.chosen_policies("learned", None) == {}
-    demo.add_learned(policies, "all", LlamaConfig())
+    policies = demo.chosen_policies(["all"], None)
+    assert set(policies) == {"recommended", *NAMED} and demo.chosen_policies(["learned"], None) == {}
+    demo.add_learned(policies, LlamaConfig(), required=False)
     assert "learned" not in policies
     with pytest.raises(models.Unavailable, match="kvevict train"):
-        demo.add_learned(policies, "learned", LlamaConfig())
+        demo.add_learned(policies, LlamaConfig(), required=True)
     with pytest.raises(models.Unavailable, match="without weights"):
-        demo.chosen_policies("learned", tmp_path / "none")
+        demo.chosen_policies(["learned"], tmp_path / "none")
     LearnedKV(weights=torch.ones(1, 1, 36), inv_freq=torch.ones(8)).save(tmp_path / "given")
-    assert isinstance(demo.chosen_policies("all", tmp_path / "given")["learned"], LearnedKV)
+    assert isinstance(demo.chosen_policies(["all"], tmp_path / "given")["learned"], LearnedKV)
 
 
 @torch.no_grad()
@@ -110,6 +110,8 @@ def test_demo_on_a_tiny_model(tmp_path):
         with pytest.raises(models.Unavailable, match="--shares is heads: expected none"):
             demo.shared_out("heads", model, 0.3)
         assert demo.shared_out("none", model, 0.3) == 0.3
-    for count in (3, 4):  # one policy: its kept tokens too; several: their losses
-        demo.draw(rows[:count], 400, tmp_path / f"{count}.png")
+    place = demo.place_of_fact(Words(), 400)
+    assert ids[0, slice(*place)].tolist() == Words()(demo.FACT)["input_ids"]
+    for count in (3, 4):  # one policy: every share of it; several: one share of each
+        demo.draw(rows[:count], 400, place, "a title", tmp_path / f"{count}.png")
         assert (tmp_path / f"{count}.png").stat().st_size > 10_000

@@ -258,6 +258,10 @@ def test_opcheck():
     calls = [
         (ops.keydiff_scores.default, (keys, None, True, lengths, torch.zeros(2, 2, 20, device=DEVICE))),
         (
+            ops.anchor_sums.default,
+            (keys, lengths, *(torch.zeros(*shape, dtype=torch.int64, device=DEVICE) for shape in ((2, 2, 16), (2, 2)))),
+        ),
+        (
             ops.kv_scores.default,
             (
                 keys,

@@ -6,7 +6,9 @@ from cases import both, cache, name
 from conftest import DEVICE
 
 import kvevict
+from kvevict import ops
 from kvevict.backends import reference, triton
+from kvevict.kernels import score_keydiff
 
 SHAPES = [(2, 3, 517, 64, 64), (1, 2, 100, 80, 80), (1, 1, 1, 128, 128), (1, 2, 33, 96, 96), (1, 1, 70, 576, 512),
           (1, 2, 40, 112, 112), (1, 1, 700, 192, 128), (1, 1, 60, 256, 256), (2, 2, 25, 5, 5)]  # fmt: skip
@@ -187,7 +189,67 @@ def test_key_norms_of_every_head():
             torch.testing.assert_close(out, expected)
 
 
-def test_same_input_same_bytes():
-    keys, _ = cache((1, 4, 1500, 64, 64), torch.bfloat16)
-    with kvevict.backend("triton"):
-        assert torch.equal(kvevict.keydiff_scores(keys), kvevict.keydiff_scores(keys.clone()))
+def same(a, b):
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@pytest.mark.parametrize("S, D, dtype", [(1200, 64, torch.bfloat16), (300, 128, torch.float32)], ids=name)
+def test_the_same_bits_on_every_number_of_multiprocessors(S, D, dtype, monkeypatch):
+    """Runs of another length, and a short row in one launch or two."""
+    keys, _ = cache((1, 3, S, D, D), dtype)
+    keys[0, 1, 17, 3], keys[0, 2, ::5] = float("nan"), 0.0
+    found = []
+    for count in (1, 2, 7, 108, 132):
+        monkeypatch.setattr(score_keydiff, "multiprocessors", lambda device, count=count: count)
+        with kvevict.backend("triton"):
+            found.append(kvevict.keydiff_scores(keys))
+    assert all(same(found[0], scores) for scores in found[1:])
+
+
+@pytest.mark.parametrize("S, D, dtype", [(1200, 64, torch.bfloat16), (300, 128, torch.float32)], ids=name)
+def test_sums_of_parts_are_those_of_the_whole(S, D, dtype):
+    keys, _ = cache((2, 2, S, D, D), dtype)
+    keys[0, 1, 17, 3], keys[1, 0, ::5], keys[1, 1] = float("inf"), 0.0, float("nan")
+    lengths = torch.tensor([S, S - 70], device=DEVICE)
+    for backend in ("reference", "triton"):
+        with kvevict.backend(backend):
+            whole = ops.anchor_sums(keys, lengths=lengths)
+            assert whole[1].tolist() == [[S, S - 1], [S - 70, 0]]
+            scores = kvevict.keydiff_scores(keys, lengths=lengths)
+            anchor = ops.anchor_mean(*whole)
+            assert same(kvevict.keydiff_scores(keys, anchor=anchor, lengths=lengths), scores)
+            positions = torch.arange(S, device=DEVICE)
+            total = [torch.zeros_like(x) for x in whole]
+            for owner in (
+                positions < 100,
+                (positions >= 100) & (positions % 3 == 0),
+                (positions >= 100) & (positions % 3 > 0),
+            ):
+                part = keys[:, :, owner]
+                held = torch.stack([(positions[owner] < length).sum() for length in lengths])
+                for sums, more in zip(total, ops.anchor_sums(part, lengths=held), strict=True):
+                    sums += more
+                own = kvevict.keydiff_scores(part, anchor=anchor, lengths=held)
+                assert same(own, scores[:, :, owner])
+            assert all(map(torch.equal, total, whole))
+
+
+def test_sums_by_hand():
+    """Each component to a multiple of 2⁻²²: 0.6, 0.8 and 1/√2."""
+    keys = torch.tensor([[3.0, 4.0], [1.0, -1.0], [0.0, 0.0], [1e30, 0.0]], device=DEVICE).reshape(1, 1, 4, 2)
+    half = round(2**21.5)
+    expected = [round(0.6 * 2**22) + half + 2**22, round(0.8 * 2**22) - half]
+    for sums, counts in both(lambda: ops.anchor_sums(keys)):
+        assert counts.tolist() == [[4]]
+        assert sums[0, 0].tolist() == pytest.approx(expected, abs=3)  # rsqrt is not rounded to the nearest everywhere
+
+
+def test_more_tiles_than_an_int32_adds_up(monkeypatch):
+    """Tiles of 4 keys: 550 of them in one run are 550 · 2²² in each of its int32s."""
+    monkeypatch.setattr(score_keydiff, "multiprocessors", lambda device: 0)  # so there is one run
+    keys = torch.zeros(1, 1, 2200, 512, device=DEVICE, dtype=torch.bfloat16)
+    keys[..., 0] = 1.0
+    keys[:, :, -200:, 0], keys[:, :, -200:, 1] = 0.0, 1.0  # the mean is (10, 1) / 11
+    for scores in both(lambda: kvevict.keydiff_scores(keys)):
+        expected = torch.where(torch.arange(2200, device=DEVICE) < 2000, -10 / 101**0.5, -1 / 101**0.5)
+        torch.testing.assert_close(scores, expected.expand(1, 1, -1), rtol=0, atol=1e-5)

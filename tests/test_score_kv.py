@@ -9,6 +9,7 @@ from conftest import DEVICE
 
 import kvevict
 from kvevict import ops
+from kvevict.kernels import score_kv
 
 SHAPES = [(2, 3, 517, 64, 64), (1, 2, 100, 80, 80), (1, 1, 1, 128, 128), (1, 2, 40, 96, 64), (1, 1, 33, 72, 128)]
 
@@ -185,3 +186,14 @@ def test_wrong_arguments_are_named():
         ops.keydiff_scores(keys, anchor="raw", inv_freq=inv_freq)
     with pytest.raises(ValueError, match="inv_freq is None"):
         ops.keydiff_scores(keys, positions=torch.zeros(2, 30, dtype=torch.long, device=DEVICE))
+
+
+def test_the_same_bits_on_every_number_of_multiprocessors(monkeypatch):
+    keys, values = cache((1, 3, 700, 64, 64), torch.bfloat16)
+    found = []
+    for count in (1, 7, 132):
+        monkeypatch.setattr(score_kv, "multiprocessors", lambda device, count=count: count)
+        with kvevict.backend("triton"):
+            found.append(ops.kv_scores(keys, values, linear(3, 132), inv_freq=turns(64), return_keydiff=True))
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))

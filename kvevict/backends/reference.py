@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "anchor_sums",
     "attention_lse",
     "attention_mass",
     "attention_peaks",
@@ -111,6 +112,26 @@ def slots_from_end(indices: Tensor, lengths: Tensor, out: Tensor) -> None:
     out.copy_(torch.where(slots > last, -1, slots))
 
 
+def _fixed(unit: Tensor) -> Tensor:
+    """Components of unit vectors as int64, rounded to multiples of 2⁻²². Their sums do not depend on an order, so not
+    on how many runs a sequence is cut into, or where these lie."""
+    return (unit.double() * 2.0**22).round().long()
+
+
+def _mean_of_fixed(total: Tensor, count: Tensor) -> Tensor:
+    """float32 [B, H, D], from sums [B, H, D] of `_fixed` and the number of their terms [B, H]."""
+    return total.float() * 2.0**-22 / count[..., None].float()
+
+
+def anchor_sums(keys: Tensor, lengths: Tensor | None, sums: Tensor, counts: Tensor) -> None:
+    """Sums [B, H, D] int64 of the finite unit keys, each component a multiple of 2⁻²² and in these units; and how many
+    they are [B, H]."""
+    finite = keys.float().isfinite().all(-1) & _inside(keys.shape[2], lengths, keys.device)
+    unit = F.normalize(_shrunk(keys.float().masked_fill(~finite[..., None], 0.0)), dim=-1, eps=1e-12)
+    sums.copy_(_fixed(unit).sum(2))
+    counts.copy_(finite.sum(2))
+
+
 def keydiff_scores(
     keys: Tensor,
     anchor: Tensor | None,
@@ -124,10 +145,13 @@ def keydiff_scores(
     keys = _dense(keys, table).float()
     inside = _inside(keys.shape[2], lengths, keys.device)
     finite = keys.isfinite().all(-1) & inside
+    if anchor is None and unit:
+        sums, counts = keys.new_empty((*keys.shape[:2], keys.shape[3]), dtype=torch.int64), finite.sum(2)
+        anchor_sums(keys, lengths, sums, counts)
+        anchor = _mean_of_fixed(sums, counts)
     keys = keys.masked_fill(~finite[..., None], 0.0)
     if anchor is None:
-        total = (F.normalize(_shrunk(keys), dim=-1, eps=1e-12) if unit else keys).sum(2)
-        anchor = total / finite.sum(2, keepdim=True)
+        anchor = keys.sum(2) / finite.sum(2, keepdim=True)
     scores = -F.cosine_similarity(_shrunk(keys), _shrunk(anchor.float())[:, :, None], dim=-1, eps=1e-8)
     out.copy_(scores.masked_fill(~finite, float("nan")).masked_fill(~inside, float("-inf")))
 
@@ -150,8 +174,8 @@ def kv_scores(
     inside = _inside(keys.shape[2], lengths, keys.device)
     finite = keys.square().sum(-1).isfinite() & inside
     keys = keys.masked_fill(~finite[..., None], 0.0)
-    mean = F.normalize(keys, dim=-1, eps=1e-12).sum(2, keepdim=True) / finite.sum(2)[..., None, None]
-    cosine = F.cosine_similarity(keys, mean, dim=-1, eps=1e-8)
+    mean = _mean_of_fixed(_fixed(F.normalize(keys, dim=-1, eps=1e-12)).sum(2), finite.sum(2))
+    cosine = F.cosine_similarity(keys, mean[:, :, None], dim=-1, eps=1e-8)
     if keydiff is not None:
         keydiff.copy_((-cosine).masked_fill(~finite, float("nan")).masked_fill(~inside, float("-inf")))
     if fitted is not None:

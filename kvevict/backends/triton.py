@@ -6,7 +6,7 @@ from kvevict.kernels.count_rows import keep_counts, left_blocks
 from kvevict.kernels.decode_attention import decode_attention
 from kvevict.kernels.pool_scores import pool_scores
 from kvevict.kernels.score_attention import attention_lse, attention_mass
-from kvevict.kernels.score_keydiff import keydiff_scores
+from kvevict.kernels.score_keydiff import anchor_sums, keydiff_scores
 from kvevict.kernels.score_kv import kv_scores
 from kvevict.kernels.score_mlp import mlp_scores
 from kvevict.kernels.score_norm import key_norm_scores
@@ -15,6 +15,7 @@ from kvevict.kernels.score_products import projected_norms, quadratic_scores
 from kvevict.kernels.select_topk import evict_slots, topk_adaptive, topk_indices
 
 __all__ = [
+    "anchor_sums",
     "attention_lse",
     "attention_mass",
     "attention_peaks",

@@ -86,6 +86,13 @@ def test_keydiff(dtype, D, S):
     assert_close("keydiff_scores", keys, None, False, lengths, out, out=[4], error=2e-5)  # a mean near 0 is less exact
 
 
+def test_anchor_sums():
+    """To the last bit of rsqrt: 700 keys, each of whose elements may be rounded to the other side."""
+    keys, lengths = normal(2, 2, 700, 128, dtype=BF16), torch.tensor([700, 333], dtype=torch.int32)
+    sums, counts = unwritten(2, 2, 128, dtype=torch.int64), unwritten(2, 2, dtype=torch.int64)
+    assert_close("anchor_sums", keys, lengths, sums, counts, out=[2, 3], error=700)
+
+
 def test_keydiff_of_odd_keys():
     keys, anchor = normal(2, 3, 130, 128, dtype=BF16), normal(2, 3, 128, seed=9)
     keys[0, 0, 3], keys[1, 1, 5, 2], keys[1, 2, 7, 1] = 0, NAN, INF
