@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvevict import validate
-from kvevict.hf import masks, saved, shares
+from kvevict.hf import masks, reconstruct, saved, shares
 from kvevict.hf.attention import NAME, SET_UP, set_up
 from kvevict.hf.choice import Choice, choose_together
 from kvevict.hf.layer import EvictingLayer, Eviction, new_tokens
@@ -30,6 +30,7 @@ from kvevict.policies import (
     Budget,
     Hybrid,
     KeyDiff,
+    KVzip,
     Learned,
     LearnedKV,
     ModelWide,
@@ -38,7 +39,7 @@ from kvevict.policies import (
 )
 
 logger = logging.getLogger("kvevict")
-POLICIES: dict[str, Policy] = {"recommended": RECOMMENDED} | NAMED | OF_MODEL
+POLICIES: dict[str, Policy] = {"recommended": RECOMMENDED} | NAMED | OF_MODEL | {"kvzip": KVzip()}
 LEARNED = "learned"  # the scorer that the package carries for the model
 
 
@@ -149,6 +150,11 @@ class EvictingCache(Cache):
             raise ValueError(
                 f"budget is {budget}, with {type(policy).__name__}, which reads positions: expected keep=, because "
                 "they are not followed through a second eviction"
+            )
+        if budget is not None and "repeated" in policy.needs:
+            raise ValueError(
+                f"budget is {budget}, with {type(policy).__name__}, which reads the text again for each eviction: "
+                "expected keep="
             )
         if budget is not None and (not isinstance(share.keep, int) or share.keep <= pin):
             raise ValueError(f"budget is {share.keep}: expected an int number of tokens, more than pin, {pin}")
@@ -357,6 +363,26 @@ class EvictingCache(Cache):
         self._unequal |= unequal
         self._apply(choices)
 
+    def reconstruct(
+        self, model: Any, input_ids: Tensor, *, prompt_ids: Tensor | None = None, chunk: int = 2048
+    ) -> None:
+        """Let the model repeat its text, and note how much attention each cached token draws, for `KVzip`
+        (arXiv 2505.23416). What is read for that does not stay in the cache. With keep=, the cache is then cut.
+
+        Args:
+            model: the model that has read the text with this cache; its attention is "kvevict" meanwhile.
+            input_ids: [B, S] int64: the text that the cache holds, all of it.
+            prompt_ids: [P] int64, what asks for the repetition: the tokens of `kvevict.hf.reconstruct.PROMPT`, in the
+                words that the model knows. None: the text follows on itself.
+            chunk: the text is repeated in pieces of so many tokens, each with some before it, and after the prompt.
+
+        Raises:
+            TypeError, ValueError: the policy reads no repetition; the cache does not hold these tokens, or no more; as
+                `kvevict.hf.reconstruct.repeat_scores`. The cache is as it was.
+        """
+        reconstruct.note(self._evicting(), self, self._policy, model, input_ids, prompt_ids, chunk)
+        self.settle()
+
     def _evict_together(self) -> None:
         """A choice over all layers is made when the last of them has done its attention."""
         layers = self._evicting()
@@ -366,7 +392,7 @@ class EvictingCache(Cache):
             due = sum(layer.excess() for layer in layers) > 0
         else:
             due = not layers[0].compressed
-        if due and not any("queries" in layer.notes.missing() for layer in layers):
+        if due and not any(layer.waits_for("queries", "repetition") for layer in layers):
             self._apply(choose_together(layers, self._policy, self._budget.keep))
 
     def _apply(self, choices: list[Choice]) -> None:

@@ -94,13 +94,15 @@ def scored(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor | None]
         ValueError: what the policy reads was not noted.
     """
     name = type(policy).__name__
-    if not layer.watching and policy.needs - {"values"}:
+    if not layer.watching and policy.needs - {"values", "repeated"}:
         raise ValueError(f"the prompt has been cut, and nothing was noted for {name} since")
     if policy.reads_positions and (layer.evicted or layer.pages is not None):
         raise ValueError(
             f"{name} reads positions, which are not followed through an eviction or into pages: expected a cache that "
             "has kept all of its tokens until now, as with keep=Uniform(1.0)"
         )
+    if "repeated" in policy.needs:
+        _check_repeated(layer, name)
     for missing in layer.notes.missing():
         raise ValueError(f"{name} needs {missing}, and nothing was noted since tokens were cropped: run a forward")
     if layer.pages is not None:
@@ -116,6 +118,17 @@ def scored(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor | None]
     else:
         seen = tracker.observed(keys, **known)
     return policy.scores(seen), seen.lengths
+
+
+def _check_repeated(layer: EvictingLayer, name: str) -> None:
+    repeated = layer.notes.repeated
+    if repeated is None:
+        raise ValueError(f"{name} needs cache.reconstruct(model, input_ids) of what the cache holds")
+    tokens = layer.cached() + (0 if layer.pages is None else layer.pages.longest)
+    if repeated.shape[2] != tokens:
+        raise ValueError(
+            f"{name} has no scores of the tokens that came after cache.reconstruct: expected an evict right after it"
+        )
 
 
 def _scored_by_row(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor]:

@@ -108,6 +108,8 @@ class EvictingLayer(DynamicLayer):
         self._thaw()
         self.settle()
         new = key_states.shape[2]
+        if new == 1 and self.waits_for("repetition"):
+            raise ValueError(f"{type(self.policy).__name__} needs cache.reconstruct(model, input_ids) before decoding")
         if self.notes.wants_hidden and self.watching:
             self._hidden_enters(new)
         self.tokens_seen += new
@@ -450,6 +452,11 @@ class EvictingLayer(DynamicLayer):
         """Whether there will be another eviction, for which queries and attention are noted."""
         return self.keep is None or not self.compressed
 
+    def waits_for(self, *noted: str) -> bool:
+        """Whether there are tokens, and what the next eviction reads is still to come: queries, where all were cropped;
+        the repetition of the text."""
+        return self.cached() > 0 and self.watching and any(name in noted for name in self.notes.missing())
+
     def excess(self) -> int:
         """With a budget: tokens of all heads beyond it and the interval."""
         assert self.budget is not None
@@ -475,7 +482,7 @@ class EvictingLayer(DynamicLayer):
         self._unread = False
         if self._together is not None:
             self._together()
-        elif self._due() and "queries" not in self.notes.missing():  # where all were cropped, the next brings some
+        elif self._due() and not self.waits_for("queries", "repetition"):
             self.evict(self._target())
 
     def _was_not_asked(self) -> None:
@@ -510,7 +517,8 @@ class EvictingLayer(DynamicLayer):
         self.evicted += before - self.kept()
         self.compressed = True
         if not self.watching:
-            self.notes = Notes(self.policy)
+            repeated, self.notes = self.notes.repeated, Notes(self.policy)
+            self.notes.repeated = repeated  # a later `evict` of the cache may go by it
         self._on_evict(Eviction(self.index, before, self.kept(), indices, retained))
 
     def _compact(self, choice: Choice) -> Tensor:
@@ -532,7 +540,9 @@ class EvictingLayer(DynamicLayer):
         self.pages = pages.pack(keys, values, choice.indices)
         self.keys, self.values = (x.new_empty((*x.shape[:2], 0, x.shape[3])) for x in (keys, values))
         self.lengths, self.tail = None, 0
-        return choice.indices[:, :, : self.pages.longest]
+        indices = choice.indices[:, :, : self.pages.longest]
+        self.notes.follow(indices)
+        return indices
 
     def _tail_after(self, choice: Choice, before: int) -> int | Tensor:
         """Where tokens were given up, no more than the protected recent ones are known to have stayed."""

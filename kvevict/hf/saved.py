@@ -247,6 +247,7 @@ def _fill(layer: EvictingLayer, own: dict[str, Tensor], state: dict[str, Any]) -
             "has heads of unequal length, and policy has heads 'shared': expected 'each' or 'adaptive', for budget= is "
             "to cut them again"
         )
-    if layer.watching and notes.missing():
-        missing, name = notes.missing()[0], type(layer.policy).__name__
+    missed = [name for name in notes.missing() if name != "repetition"]  # which can still be noted
+    if layer.watching and missed:
+        missing, name = missed[0], type(layer.policy).__name__
         raise ValueError(f"was saved without {missing}, which {name} reads: expected a cache of that policy")
