@@ -37,6 +37,7 @@ from kvevict.policies import (
     Policy,
     Uniform,
 )
+from kvevict.policies.base import ALL_QUERIES
 
 logger = logging.getLogger("kvevict")
 POLICIES: dict[str, Policy] = {"recommended": RECOMMENDED} | NAMED | OF_MODEL | {"kvzip": KVzip()}
@@ -146,10 +147,10 @@ class EvictingCache(Cache):
         if budget is not None and not isinstance(budget, Budget):
             validate.integer("budget", budget, 1)
         share = _as_budget(keep if budget is None else budget, policy)
-        if budget is not None and policy.reads_positions:
+        if budget is not None and policy.window >= ALL_QUERIES:
             raise ValueError(
-                f"budget is {budget}, with {type(policy).__name__}, which reads positions: expected keep=, because "
-                "they are not followed through a second eviction"
+                f"budget is {budget}, with {type(policy).__name__}, which reads all queries of a prompt: expected "
+                "keep=, because they would be held for ever"
             )
         if budget is not None and "repeated" in policy.needs:
             raise ValueError(
@@ -165,10 +166,10 @@ class EvictingCache(Cache):
             and not isinstance(policy, Learned)
         ):
             raise ValueError("heads is 'each': expected 'shared', for one hidden state is held of a token that is kept")
-        if static and (budget is None or policy.needs or interval < 1):
+        if static and (budget is None or policy.needs or policy.reads_positions or interval < 1):
             raise ValueError(
                 f"static is True with budget {budget}, interval {interval} and {type(policy).__name__}: expected a "
-                "budget, an interval of at least 1, and a policy that reads keys alone"
+                "budget, an interval of at least 1, and a policy that reads keys alone, without their positions"
             )
         self._static, self._unsettled, self._interval = static, 0, interval
         self.on_evict = on_evict

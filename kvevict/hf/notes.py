@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvevict.hf.places import Places
 from kvevict.policies import Policy, Tracker
 
 TRACKED = {"mass", "last_used"}
@@ -20,6 +21,7 @@ class Notes:
     queries: [B, Hq, W, D]: each request's last ones, at the end; before them, in a request that has fewer, padding.
     hidden: [B, 1, n, M]: what entered the layer's attention, a row for each cached token.
     repeated: [B, H, n] float32: the most attention that the text's repetition gave each cached token.
+    places: positions of the cached tokens, where the policy reads them; None: their slots, nothing has been evicted.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -32,6 +34,8 @@ class Notes:
         self.hidden: Tensor | None = None
         self.wants_repeated = "repeated" in policy.needs
         self.repeated: Tensor | None = None
+        self.wants_positions = policy.reads_positions
+        self.places: Places | None = None
 
     def new_tracker(self, B: int, H: int, capacity: int, device: torch.device) -> Tracker:
         return Tracker(B, H, capacity, device, reduce=self.reduce, min_distance=self.min_distance)
@@ -102,7 +106,12 @@ class Notes:
             self.tracker.drop_last(count)
         self.queries = None if self.queries is None else self.queries[:, :, : max(self.queries.shape[2] - count, 0)]
         self.repeated = None if self.repeated is None else self.repeated[:, :, :-count]
+        self.advance(-count)
         self.crop_hidden(count)
+
+    def advance(self, count: int | Tensor) -> None:
+        """So many more tokens of each request."""
+        self.places = None if self.places is None else self.places.advanced(count)
 
     def crop_hidden(self, count: int) -> None:
         self.hidden = None if self.hidden is None else self.hidden[:, :, :-count]
@@ -114,10 +123,13 @@ class Notes:
         self.queries = None if self.queries is None else self.queries.index_select(0, requests)
         self.hidden = None if self.hidden is None else self.hidden.index_select(0, requests)
         self.repeated = None if self.repeated is None else self.repeated.index_select(0, requests)
+        self.places = None if self.places is None else self.places.select_requests(requests)
 
     def thaw(self) -> None:
         """Tensors that were made in inference mode cannot be written outside of it: become copies that can."""
         self.queries, self.hidden, self.repeated = (thawed(x) for x in (self.queries, self.hidden, self.repeated))
+        if self.places is not None:
+            self.places = Places(*(thawed(x) for x in (self.places.kept, self.places.counts, self.places.seen)))
         if self.tracker is not None:
             for name, value in vars(self.tracker).items():
                 if isinstance(value, Tensor):
