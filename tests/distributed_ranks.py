@@ -438,7 +438,7 @@ def check_a_mesh_is_a_group(group):
 
 
 def check_tensor_parallel(group):
-    """transformers spreads a tiny Llama's 8 KV heads over ranks, each of which keeps of its heads what one process does."""
+    """transformers spreads a tiny Llama's 8 KV heads over ranks: each keeps of its heads what one process does."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.distributed import DistributedConfig
 
