@@ -244,3 +244,30 @@ class TestCache:
         model.generate(prompt(90), past_key_values=together, max_new_tokens=3, do_sample=False)
         held = [layer.tokens_of_heads().sum() for layer in together.layers]
         assert sum(map(int, held)) == 2 * 2 * 47 and held[0] != held[1]
+
+    @pytest.mark.parametrize("name", OF_MODEL)
+    def test_padded_requests_are_cut_as_if_alone(self, name):
+        from test_hf import prompt, tiny
+
+        from kvevict.hf import EvictingCache
+
+        model, policy = tiny(num_hidden_layers=2), dataclasses.replace(OF_MODEL[name], heads="each")
+        ids, shorter = prompt(90, batch=2), 70
+        ids[1, : 90 - shorter] = 0
+        mask = (ids != 0).long()
+
+        def evicted(ids, mask):
+            seen = []
+            cache = EvictingCache(model, policy, keep=0.8, on_evict=seen.append)
+            model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=3, do_sample=False)
+            return [eviction.indices for eviction in seen]
+
+        for together, *alone in zip(
+            evicted(ids, mask),
+            evicted(ids[:1], mask[:1]),
+            evicted(ids[1:, -shorter:], mask[1:, -shorter:]),
+            strict=True,
+        ):
+            for b, indices in enumerate(alone):
+                assert torch.equal(together[b, :, : indices.shape[2]], indices[0])
+                assert (together[b, :, indices.shape[2] :] == -1).all()
