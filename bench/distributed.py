@@ -47,7 +47,8 @@ def memory_us(rows: int, head_dim: int, element_size: int, tokens: int, keep: fl
 def costs() -> str:
     layers, heads, head_dim, tokens, keep = 80, 8, 128, 2**20, 0.1
     lines = [
-        f"{tokens:,} tokens, {layers} layers of {heads} KV heads, head_dim {head_dim}, bf16, keep {keep}, 8 GPUs a node",
+        f"{tokens:,} tokens, {layers} layers of {heads} KV heads, head_dim {head_dim}, bf16, keep {keep}, {NODE} GPUs "
+        "a node",
         "",
         "| GPUs | layers a call | collectives | MB summed | collectives, ms | K and V, ms | selection, ms |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -57,10 +58,8 @@ def costs() -> str:
         sent = payloads(together * heads, head_dim, tokens)
         ms = calls * sum(collective_us(payload, ranks) for payload in sent) / 1e3
         kernels, selection = memory_us(layers * heads, head_dim, 2, tokens, keep, ranks)
-        lines.append(
-            f"| {ranks} | {together} | {calls * len(sent)} | {calls * sum(sent) / 1e6:.1f} | {ms:.1f} | {kernels / 1e3:.1f} "
-            f"| {selection / 1e3:.1f} |"
-        )
+        counted = f"{calls * len(sent)} | {calls * sum(sent) / 1e6:.1f}"
+        lines.append(f"| {ranks} | {together} | {counted} | {ms:.1f} | {kernels / 1e3:.1f} | {selection / 1e3:.1f} |")
     return "\n".join(lines)
 
 
