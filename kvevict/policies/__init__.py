@@ -42,7 +42,7 @@ OF_MODEL: dict[str, Policy] = {
 RECOMMENDED = Hybrid(parts=((0.5, TOVA()), (0.5, KeyDiff())), heads="shared")
 
 # Its scores where each head keeps a number of its own: with `Fixed` shares, which bring more than any scorer does
-# (bench/quality_shares.py). Where there is a LearnedKV for the model, that is better still.
+# (`kvevict eval`). Where there is a LearnedKV for the model, that is better still.
 RECOMMENDED_FOR_SHARES = replace(RECOMMENDED, heads="each")
 
 __all__ = [
