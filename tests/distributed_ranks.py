@@ -505,7 +505,7 @@ def run(rank, names, path):
     """names: CHECK@RANKS."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=30)
+        "gloo", init_method=f"file://{path}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
     )
     groups = {size: dist.new_group(list(range(size))) for size in (2, RANKS)}
     for name in names:

@@ -32,7 +32,7 @@ def run(checks, path, seconds):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run(CHECKS, tmp_path_factory.mktemp("ranks") / "store", 120)
+    return run(CHECKS, tmp_path_factory.mktemp("ranks") / "store", 300)  # 30 on two idle cores
 
 
 @pytest.mark.parametrize("check", CHECKS)
