@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvevict import validate
-from kvevict.hf import masks, reconstruct, saved, shares
+from kvevict.hf import masks, parallel, reconstruct, saved, shares
 from kvevict.hf.attention import NAME, SET_UP, set_up
 from kvevict.hf.choice import Choice, choose_together
 from kvevict.hf.layer import EvictingLayer, Eviction, new_tokens
@@ -100,6 +100,9 @@ class EvictingCache(Cache):
         pin: the first so many tokens, such as a system prompt, are always kept; but for a layer whose share is smaller
             (Pyramid, Fixed with per="layer").
         on_evict: called with an `Eviction` after each eviction in each layer.
+        group: under tensor parallelism, the process group (or DeviceMesh of one dimension) whose ranks hold the model's
+            KV heads, in the order of ranks; only policies whose heads share their tokens ask for it. None: that of the
+            model, where transformers has spread it (`distributed_config=`).
         static: buffers of budget + interval tokens per layer that are allocated once and never move, and decode steps
             of fixed shape, for torch.compile(fullgraph=True) and CUDA graphs. Needs `budget`, a policy that reads keys
             alone, and requests of equal length. Between compiled or replayed steps call `settle` at least once in
@@ -122,6 +125,7 @@ class EvictingCache(Cache):
         interval: int = 64,
         pin: int = 0,
         on_evict: Callable[[Eviction], None] | None = None,
+        group: Any = None,
         static: bool = False,
     ) -> None:
         whole_config = getattr(model, "config", model)
@@ -185,6 +189,7 @@ class EvictingCache(Cache):
         self._heads = next(filter(None, heads), 1)
         of_heads = shares.unequal_heads(share, self._policy)
         self._guarded = False
+        self._group, self._of_heads = parallel.group_of(model, group), of_heads
         if of_heads:
             shares.check_served(self._config, self._policy, for_ever=budget is not None, static=static)
         shares.check_model(share, self._config)
@@ -258,6 +263,7 @@ class EvictingCache(Cache):
         if layer_idx == 0 and not self._static:  # whose numbers stay on the device
             self._refuse_unlike_layers()
         if layer_idx == self._full[0]:
+            self._look_for_other_heads(key_states.shape[1], self._policy, self._of_heads)
             masks.forget()
             self._watch_for_chunks(key_states.shape[2])
         before = self.layers[layer_idx - 1] if layer_idx > 0 else None
@@ -285,6 +291,14 @@ class EvictingCache(Cache):
                 f'a batch of {batch} requests needs "{NAME}" attention, without which padding is taken for tokens: '
                 f"{remedy}, or make the cache with the model, not its config"
             )
+
+    def _look_for_other_heads(self, seen: int, policy: Policy, of_heads: bool) -> None:
+        """Before anything changes: whether heads that choose together are all here, or on the ranks of a group."""
+        if getattr(self._config, "kv_lora_rank", None):
+            return  # one latent for all heads, on every rank
+        if parallel.check(policy, seen, self._heads, self._group, of_heads=of_heads, static=self._static):
+            for layer in self._evicting():
+                layer.group = self._group
 
     def _refuse_unlike_layers(self) -> None:
         """Layers with a window grow before the first one that evicts sees a mask, and may refuse it."""
@@ -327,7 +341,8 @@ class EvictingCache(Cache):
             layer.settle()
 
     def evict(self, keep: int | float | Budget) -> None:
-        """Evict now, in every evicting layer: a document that was read in chunks, say, before it is asked about.
+        """Evict now, in every evicting layer: a document that was read in chunks, say, before it is asked about. Layers
+        that hold no token are those of other ranks, under pipeline parallelism, and are left alone.
         In all layers or, where an error is raised before, in none; then `on_evict` is called for each.
 
         Args:
@@ -339,12 +354,18 @@ class EvictingCache(Cache):
                 the policy reads was not noted, as of keep= after the prompt.
         """
         self.settle()
-        layers = self._evicting()
-        if any(int(layer.get_seq_length()) == 0 for layer in layers):
+        layers = [layer for layer in self._evicting() if int(layer.get_seq_length()) > 0]
+        if not layers:
             raise ValueError("the cache is empty: expected a cache after a forward")
         budget = _as_budget(keep, self._policy)
         policy = shares.policy_for(budget, self._policy)
         of_heads = shares.unequal_heads(budget, policy)
+        self._look_for_other_heads(layers[0].keys.shape[1], policy, of_heads)
+        if len(layers) < len(self._evicting()) and not isinstance(budget, Uniform):
+            raise ValueError(
+                f"keep is {keep}, and some layers hold no token, those of other ranks (pipeline parallelism): expected "
+                "the same share or number for every layer"
+            )
         if of_heads:
             shares.check_served(self._config, policy, for_ever=layers[0].keep is None, static=self._static)
         shares.check_model(budget, self._config)
@@ -362,7 +383,7 @@ class EvictingCache(Cache):
             other = None if policy is self._policy else policy
             choices = [layer.choose(share, other) for layer, share in zip(layers, told, strict=True)]
         self._unequal |= unequal
-        self._apply(choices)
+        self._apply(layers, choices)
 
     def reconstruct(
         self, model: Any, input_ids: Tensor, *, prompt_ids: Tensor | None = None, chunk: int = 2048
@@ -394,13 +415,13 @@ class EvictingCache(Cache):
         else:
             due = not layers[0].compressed
         if due and not any(layer.waits_for("queries", "repetition") for layer in layers):
-            self._apply(choose_together(layers, self._policy, self._budget.keep))
+            self._apply(layers, choose_together(layers, self._policy, self._budget.keep))
 
-    def _apply(self, choices: list[Choice]) -> None:
+    def _apply(self, layers: list[EvictingLayer], choices: list[Choice]) -> None:
         """One layer after the other, each of which frees what it gives up; then `on_evict` is called for all."""
         self._held = []
         try:
-            for layer, choice in zip(self._evicting(), choices, strict=True):
+            for layer, choice in zip(layers, choices, strict=True):
                 layer.apply(choice)
         finally:
             held, self._held = self._held, None
@@ -502,7 +523,7 @@ class EvictingCache(Cache):
         cache = cls(model, policy, **options)
         layers = cache._saveable()
         saved.load(layers, cache._config, pathlib.Path(folder), device)
-        cache._unequal |= len({layer.cached() for layer in layers}) > 1
+        cache._unequal |= len({layer.cached() for layer in layers if layer.is_initialized}) > 1
         cache._unequal |= any(layer.pages is not None for layer in layers)
         return cache
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvevict.hf.parallel import mean_over_heads
 from kvevict.hf.shares import Keep
 from kvevict.policies import Policy, model_wide
 from kvevict.policies.observed import Observed
@@ -36,13 +37,15 @@ def choose(layer: EvictingLayer, policy: Policy, keep: Keep) -> Choice:
     """
     scores, lengths = scored(layer, policy)
     B, H, S = scores.shape
+    if layer.group is not None and policy.heads == "shared":
+        scores = mean_over_heads(scores, layer.group)
     if isinstance(keep, Tensor):
         indices = policy.choose(scores, keep.to(scores.device).expand(B, H), lengths)
     elif isinstance(keep, list):
         indices = _of_requests(policy, scores, keep, lengths)
     else:
         indices = policy.choose(scores, min(keep, S) if isinstance(keep, int) else keep, lengths)
-    indices, counts = _of_heads(layer, indices)
+    indices, counts = _of_heads(layer, indices.expand(B, H, -1))
     if isinstance(keep, Tensor) or policy.heads == "adaptive" or layer.pages is not None:
         return Choice(indices, counts)
     return Choice(indices, None if layer.lengths is None else counts[:, 0])

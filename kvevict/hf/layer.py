@@ -84,6 +84,7 @@ class EvictingLayer(DynamicLayer):
         self.keep, self.budget, self.interval = keep, budget, interval
         self._attention_is_ours, self._on_evict = attention_is_ours, on_evict
         self._of_heads, self._together = of_heads, together
+        self.group: Any = None  # whose ranks hold the other heads, where all choose together
         self.record_past = False
         self._clear()
 

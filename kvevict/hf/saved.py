@@ -38,10 +38,13 @@ def save(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path) -> 
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
-    states = []
+    if all(layer.get_seq_length() == 0 for layer in layers):
+        raise ValueError("the cache is empty: expected a cache after a forward")
+    states: list[dict[str, Any] | None] = []
     for i, layer in enumerate(layers):
-        if layer.get_seq_length() == 0:
-            raise ValueError("the cache is empty: expected a cache after a forward")
+        if layer.get_seq_length() == 0:  # another rank's, under pipeline parallelism
+            states.append(None)
+            continue
         notes, tracker = layer.notes, layer.notes.tracker
         held = dict(keys=layer.keys, values=layer.values, lengths=layer.lengths, row=layer.row,
                     queries=notes.queries, hidden=notes.hidden,
@@ -116,9 +119,12 @@ def load(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path, dev
                 raise ValueError(f"is of a model with {name} {theirs}: expected {ours}, as the config has")
         if len(state["layers"]) != len(layers):
             raise ValueError(f"has {len(state['layers'])} layers: expected {len(layers)}, as the config has")
-        batch = tensors["0.keys"].shape[0]
+        there = [i for i, of_layer in enumerate(state["layers"]) if of_layer is not None] or [0]
+        batch = tensors[f"{there[0]}.keys"].shape[0]
         first: dict[str, int] = {}
         for i, (layer, of_layer) in enumerate(zip(layers, state["layers"], strict=True)):
+            if i not in there:
+                continue
             prefix = f"{i}."
             own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
             _check(own, of_layer, batch)
