@@ -128,8 +128,8 @@ bench: $(READY)  ## rooflines into bench/results/<device>/ (BENCH="--quick --out
 quality: $(READY)  ## what a model still knows after eviction, every policy and share (QUALITY="--quick")
 	$(PLAIN) $(PY) -m bench.quality $(QUALITY)
 
-quality-shares: $(READY)  ## the same when layers and heads keep unequal numbers (QUALITY="--shares FILE --text FILE")
-	$(PLAIN) $(PY) -m bench.quality_shares $(QUALITY)
+quality-shares: $(READY)  ## the same when layers and heads keep unequal numbers: kvevict eval (QUALITY="--out DIR ...")
+	$(PLAIN) $(PY) -m kvevict eval $(QUALITY)
 
 .venv-peers/.installed:
 	$(PYTHON) -m venv .venv-peers

@@ -24,6 +24,7 @@ import kvevict
 import kvevict.hf  # its attention
 from bench import RESULTS, device_name
 from kvevict import models, ops
+from kvevict.evaluate import observe, read
 from kvevict.policies import (
     NAMED,
     RECOMMENDED,
@@ -34,8 +35,8 @@ from kvevict.policies import (
     Observed,
     Policy,
     Pyramid,
-    Tracker,
 )
+from kvevict.tasks import CITIES, WORDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,6 @@ class ValuedTOVA(TOVA):
         return super().scores(seen) * seen.values.float().norm(p=1, dim=-1)
 
 
-PUBLISHED = pathlib.Path(kvevict.__file__).parent / "data/quality.json"
-LAST_STEPS = 64  # of a context, from which last use is noted
 KEEPS = (0.8, 0.5, 0.25, 0.1)
 POLICIES = {
     **NAMED,
@@ -68,12 +67,6 @@ POLICIES = {
 }
 PYRAMID = "tova + keydiff, pyramid"  # RECOMMENDED, with a budget that falls from layer to layer
 TASKS = ("fact", "facts", "lookup", "continuation")
-CITIES = (
-    "Paris London Berlin Madrid Rome Vienna Prague Dublin Oslo Athens Lisbon Warsaw Chicago Boston Denver Seattle"
-).split()
-WORDS = (
-    "apple river stone cloud tiger maple ocean candle violin ladder copper garden window falcon pepper anchor".split()
-)
 
 
 def build(task, sample, tokenizer, text, tokens):
@@ -111,35 +104,6 @@ def build(task, sample, tokenizer, text, tokens):
         context += body[done : int(place * room)] + piece
         done = int(place * room)
     return context + body[done:], ids(question), ids(answer)
-
-
-def read(model, context):
-    """The cache after reading these ids, [(K, V)] per layer, and what entered each layer's attention."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    with models.capture(model) as captured:
-        model(torch.tensor([context], device=model.device), past_key_values=cache, logits_to_keep=1)
-    return [(layer.keys, layer.values) for layer in cache.layers], captured
-
-
-def observe(layers, captured):
-    """The fields of Observed for every layer, but hidden."""
-    observed = []
-    for layer, (keys, values) in enumerate(layers):
-        queries, _ = captured.of(layer)
-        B, H, S = keys.shape[:3]
-        tracker = Tracker(B, H, S, keys.device)
-        tracker.append(S)
-        tracker.observe(queries, keys)
-        last = queries[:, :, -LAST_STEPS:].unflatten(1, (H, -1)).float()  # as if these tokens had been decoded
-        seen = torch.ones(last.shape[3], S, dtype=torch.bool, device=keys.device).tril(S - last.shape[3])
-        logits = last @ keys[:, :, None].float().mT / math.sqrt(keys.shape[3])
-        weights = logits.masked_fill(~seen, -math.inf).softmax(-1).mean(2)  # [B, H, steps, S]
-        steps = torch.arange(S - last.shape[3], S, device=keys.device)[:, None]
-        used = torch.where(weights >= 1e-3, steps, -1).amax(2).int()
-        observed.append(dict(queries=queries, values=values, mass=tracker.mass, last_used=used, layer=layer))
-    return observed
 
 
 @torch.no_grad()
@@ -222,22 +186,6 @@ def summary(lines):
     return rows
 
 
-def published(rows, model, tokens):
-    """What the planner quotes: right answers with the question hidden or seen, as a share of the whole cache's."""
-    names = {"tova + keydiff": "RECOMMENDED", "keydiff": "KeyDiff"}
-    found = []
-    for mode in ("unseen", "seen"):
-        asked = [row for row in rows if row["mode"] == mode and row["task"] != "continuation"]
-        whole = sum(row["hits"] * row["samples"] for row in asked if row["policy"] == "whole")
-        samples = sum(row["samples"] for row in asked if row["policy"] == "whole")
-        for policy, name in names.items():
-            for keep in KEEPS:
-                hits = sum(r["hits"] * r["samples"] for r in asked if (r["policy"], r["keep"]) == (policy, keep))
-                found.append(dict(model=model, tokens=tokens, mode=mode, policy=name, keep=keep, samples=samples,
-                                  kept=round(hits / whole, 3)))  # fmt: skip
-    return found
-
-
 def table(rows, caption):
     lines = [
         caption,
@@ -309,7 +257,6 @@ def main():
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="2 samples of two tasks: does it run?")
-    parser.add_argument("--publish", action="store_true", help="put the figures where `kvevict plan` quotes them")
     parser.add_argument("--out", type=pathlib.Path, help="folder; default: bench/results/<device>")
     options = parser.parse_args()
     if options.quick:
@@ -338,12 +285,7 @@ def main():
     caption = (
         f"{options.model}, {options.tokens} tokens, {device}, torch {torch.__version__}, kvevict {kvevict.__version__}"
     )
-    rows = report(out, name, caption)
-    if options.publish:
-        quoted = json.loads(PUBLISHED.read_text())["rows"]
-        new = published(rows, options.model, options.tokens)
-        kept = [row for row in quoted if (row["model"], row["tokens"]) != (options.model, options.tokens)]
-        PUBLISHED.write_text(json.dumps({"rows": kept + new}, indent=1) + "\n")
+    report(out, name, caption)
     print(f"wrote {out / name}.json, .md, .png")
 
 

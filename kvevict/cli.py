@@ -1,4 +1,4 @@
-"""The command line: `kvevict demo`, `kvevict plan`, `kvevict train`, `kvevict budgets`."""
+"""The command line: `kvevict demo`, `kvevict plan`, `kvevict train`, `kvevict budgets`, `kvevict eval`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kvevict import __version__, measure_shares, models, planner, train_kv
+from kvevict import __version__, evaluate, measure_shares, models, planner, train_kv
 from kvevict import demo as demo_module
 from kvevict import train as train_module
 
@@ -165,3 +165,53 @@ def budgets(
     except models.Unavailable as error:
         print(f"kvevict budgets: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+
+
+@app.command("eval")
+def evaluate_policies(
+    model: Model = models.SMOLLM2,
+    policies: Annotated[
+        list[str],
+        typer.Option(
+            help="Names, separated by commas; may be repeated. Differences are to the first. Also learned and kvzip."
+        ),
+    ] = list(evaluate.POLICIES),  # noqa: B006, B008
+    keep: Annotated[
+        list[str], typer.Option(help="Shares of the cache to keep, separated by commas; may be repeated.")
+    ] = ["0.5", "0.25", "0.1"],  # noqa: B006
+    tokens: Annotated[int, typer.Option(help="Length of a context in tokens.")] = 1000,
+    contexts: Annotated[int, typer.Option(help="Contexts, of three questions of each task.")] = 16,
+    text: Annotated[
+        pathlib.Path | None, typer.Option(help="Text file to hide things in; default: half of a public-domain text.")
+    ] = None,
+    budgets: Annotated[
+        list[str],
+        typer.Option(
+            help=f"How a budget falls: {', '.join(evaluate.COLUMNS)}; separated by commas. Default: all there are."
+        ),
+    ] = [],  # noqa: B006
+    shares: Annotated[
+        pathlib.Path | None, typer.Option(help="Of `kvevict budgets`; default: what the package has for the model.")
+    ] = None,
+    seen: Annotated[bool, typer.Option(help="Cut when the question has been read.")] = False,
+    device: Device = "cpu",
+    out: Annotated[pathlib.Path, typer.Option(help="Folder for eval.json, .md, .png; goes on where it was.")] = (
+        pathlib.Path("kvevict-eval")
+    ),
+) -> None:
+    """Hide words, numbers, a list and code in a text, cut the model's KV cache in every way, and ask for them."""
+    try:
+        names = [name for part in policies for name in part.split(",")]
+        keeps = [_share(share) for part in keep for share in part.split(",")]
+        columns = [column for part in budgets for column in part.split(",")]
+        evaluate.run(model, text, tokens, contexts, names, keeps, columns, shares, seen, device, out)
+    except models.Unavailable as error:
+        print(f"kvevict eval: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise models.Unavailable(f"--keep is {text}: expected a share between 0 and 1") from None

@@ -287,10 +287,7 @@ def decode_attention(queries: Tensor, shard: Shard, *, group: Group, scale: floa
         B, H, _, D = keys.shape
         validate.queries(queries, (B, H, 1, D), keys)
         number = validate.softmax_scale(scale, D)
-        return {
-            "dtype": keys.dtype, "B": B, "H": H, "D": D, "Dv": values.shape[3], "query heads": queries.shape[1],
-            "scale": number,
-        }  # fmt: skip
+        return _facts(keys, values) | {"query heads": queries.shape[1], "scale": number}
 
     _agree(group, check)
     out, lse = ops.decode_attention(
@@ -322,9 +319,7 @@ def rebalance(shard: Shard, *, group: Group) -> Shard:
     group = _process_group(group)
 
     def check() -> dict[str, object]:
-        keys, values = _check_shard(shard)
-        B, H, _, D = keys.shape
-        return {"dtype": keys.dtype, "B": B, "H": H, "D": D, "Dv": values.shape[3]}
+        return _facts(*_check_shard(shard))
 
     _agree(group, check)
     ranks, rank = group.size(), dist.get_rank(group)
@@ -404,8 +399,7 @@ class _Part:
         if positions.shape not in ((L,), (B, H, L)):
             raise ValueError(f"positions has shape {tuple(positions.shape)}: expected ({L},) or ({B}, {H}, {L})")
         self.positions = positions.long().expand(B, H, L)
-        facts = {"dtype": keys.dtype, "B": B, "H": H, "D": D, "Dv": self.values.shape[3], "tokens": self.tokens}
-        return facts | {"lengths": self._check_lengths(B)}
+        return _facts(keys, self.values) | {"tokens": self.tokens, "lengths": self._check_lengths(B)}
 
     def _check_lengths(self, B: int) -> object:
         if self.lengths is None:
@@ -445,6 +439,11 @@ class _Part:
         owners = torch.zeros((*positions.shape[:2], self.tokens), dtype=torch.int32, device=positions.device)
         owners.scatter_add_(-1, self.positions.clamp(min=0), (self.positions >= 0).int())
         _require((_sum(owners, self.group) <= 1).all(), "each to be on one rank only", self.group)
+
+
+def _facts(keys: Tensor, values: Tensor) -> dict[str, object]:
+    B, H, _, D = keys.shape
+    return {"device": keys.device.type, "dtype": keys.dtype, "B": B, "H": H, "D": D, "Dv": values.shape[3]}
 
 
 def _check_selection(tokens, keep, sink, recent, heads, keys, inplace, values) -> dict[str, object]:

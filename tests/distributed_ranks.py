@@ -10,6 +10,7 @@ import json
 import os
 import random
 import sys
+import tempfile
 import traceback
 from datetime import timedelta
 
@@ -436,11 +437,75 @@ def check_a_mesh_is_a_group(group):
         assert all(map(torch.equal, found[0], other))
 
 
+def check_tensor_parallel(group):
+    """transformers spreads a tiny Llama's 8 KV heads over ranks: each keeps of its heads what one process does."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    from kvevict.hf import EvictingCache
+    from kvevict.policies import RECOMMENDED, TOVA, KeyDiff, LayerWide
+
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=16, vocab_size=128, max_position_embeddings=512,
+    )  # fmt: skip
+    rank, H = dist.get_rank(group), 8 // group.size()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = everyone(folder, group)[0]
+        torch.manual_seed(0)
+        one = LlamaForCausalLM(config).eval()
+        if rank == 0:
+            one.save_pretrained(folder)
+        dist.barrier(group)
+        options = dict(dtype=torch.float32, distributed_config=DistributedConfig(tp_size=group.size()))
+        spread = LlamaForCausalLM.from_pretrained(folder, **options).eval()
+        dist.barrier(group)
+    ids = torch.randint(0, 128, (2, 90), generator=torch.Generator().manual_seed(1))
+
+    def kept(model, policy, **options):
+        """What each layer keeps of `ids`, and what is said after another prompt."""
+        found = []
+        cache = EvictingCache(
+            model, policy, on_evict=lambda eviction: found.append(eviction.indices.clone()), **options
+        )
+        model(ids, past_key_values=cache)
+        cache.settle()
+        said = model.generate(
+            ids[:1, :5], do_sample=False, max_new_tokens=6, past_key_values=EvictingCache(model, policy, keep=0.5)
+        )
+        return found, said
+
+    with torch.no_grad():
+        for policy in (KeyDiff(heads="shared", recent=4), TOVA(), RECOMMENDED, KeyDiff(recent=4)):
+            expected, said = kept(one, policy, keep=0.3)
+            for options in (dict(), dict(group=group)):
+                found, said_too = kept(spread, policy, keep=0.3, **options)
+                assert len(found) == len(expected) == 2 and torch.equal(said, said_too)
+                for whole, own in zip(expected, found, strict=True):
+                    assert own.shape == (2, H, 27) and torch.equal(own, whole[:, rank * H : rank * H + H])
+        spread._device_mesh = None  # as of a model that was spread by other means
+        pair = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])][rank // 2]
+        for change, message in (
+            (dict(), "this rank sees 2 of the model's 8 KV heads: expected group="),
+            (dict(group=pair), "group has 2 ranks"),
+            (dict(policy=KeyDiff(), keep=LayerWide(0.3)), "heads are to keep unequal numbers of tokens"),
+            (dict(policy=KeyDiff(heads="shared"), static=True, keep=None, budget=20), "static is True"),
+        ):  # fmt: skip
+            cache = EvictingCache(spread, **dict(policy=TOVA(), keep=0.3) | change)
+            try:
+                spread(ids, past_key_values=cache)
+            except ValueError as error:
+                assert message in str(error), error
+            else:
+                raise AssertionError(f"no error: expected {message}")
+        kept(spread, KeyDiff(), keep=0.3)  # each head for itself
+
+
 def run(rank, names, path):
     """names: CHECK@RANKS."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=30)
+        "gloo", init_method=f"file://{path}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
     )
     groups = {size: dist.new_group(list(range(size))) for size in (2, RANKS)}
     for name in names:
@@ -459,4 +524,6 @@ def run(rank, names, path):
 
 if __name__ == "__main__":
     *names, path = sys.argv[1:]
+    if any(name.startswith("tensor_parallel") for name in names):
+        import kvevict.hf  # noqa: F401 - takes seconds, here once for all ranks
     mp.start_processes(run, (names, path), nprocs=RANKS, start_method="fork")

@@ -98,12 +98,13 @@ def test_compare_flags_changes_beyond_the_spread(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("S", "options", "launches", "fills"),
-    [(512, {}, 3, 0), (1024, {}, 4, 0), (8192, {}, 4, 0), (16384, {}, 8, 0), (512, dict(heads="shared"), 4, 0),
+    [(512, {}, 3, 0), (1024, {}, 4, 1), (8192, {}, 4, 1), (16384, {}, 8, 1), (512, dict(heads="shared"), 4, 0),
      (512, dict(preserve_order=False), 4, 0), (512, dict(inplace=False), 3, 0), (512, dict(heads="adaptive"), 5, 1)],
     ids=str,
 )  # fmt: skip
 def test_launches_of_keydiff_compact(S, options, launches, fills):
-    """Of rows too long for one program a GPU selects in one launch; the interpreter takes five, a round each."""
+    """Of rows too long for one program a GPU selects in one launch; the interpreter takes five, a round each. What is
+    filled is the sum of unit keys, beside rows of one program."""
     keys, values = (torch.randn(1, 2, S, 16) for _ in range(2))
     with kvevict.backend("triton"), counted() as traffic:
         kvevict.keydiff_compact(keys, values, keep=0.5, **options)

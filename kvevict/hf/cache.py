@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvevict import validate
-from kvevict.hf import masks, saved, shares
+from kvevict.hf import masks, parallel, reconstruct, saved, shares
 from kvevict.hf.attention import NAME, SET_UP, set_up
 from kvevict.hf.choice import Choice, choose_together
 from kvevict.hf.layer import EvictingLayer, Eviction, new_tokens
@@ -30,15 +30,17 @@ from kvevict.policies import (
     Budget,
     Hybrid,
     KeyDiff,
+    KVzip,
     Learned,
     LearnedKV,
     ModelWide,
     Policy,
     Uniform,
 )
+from kvevict.policies.base import ALL_QUERIES
 
 logger = logging.getLogger("kvevict")
-POLICIES: dict[str, Policy] = {"recommended": RECOMMENDED} | NAMED | OF_MODEL
+POLICIES: dict[str, Policy] = {"recommended": RECOMMENDED} | NAMED | OF_MODEL | {"kvzip": KVzip()}
 LEARNED = "learned"  # the scorer that the package carries for the model
 
 
@@ -98,6 +100,9 @@ class EvictingCache(Cache):
         pin: the first so many tokens, such as a system prompt, are always kept; but for a layer whose share is smaller
             (Pyramid, Fixed with per="layer").
         on_evict: called with an `Eviction` after each eviction in each layer.
+        group: under tensor parallelism, the process group (or DeviceMesh of one dimension) whose ranks hold the model's
+            KV heads, in the order of ranks; only policies whose heads share their tokens ask for it. None: that of the
+            model, where transformers has spread it (`distributed_config=`).
         static: buffers of budget + interval tokens per layer that are allocated once and never move, and decode steps
             of fixed shape, for torch.compile(fullgraph=True) and CUDA graphs. Needs `budget`, a policy that reads keys
             alone, and requests of equal length. Between compiled or replayed steps call `settle` at least once in
@@ -120,6 +125,7 @@ class EvictingCache(Cache):
         interval: int = 64,
         pin: int = 0,
         on_evict: Callable[[Eviction], None] | None = None,
+        group: Any = None,
         static: bool = False,
     ) -> None:
         whole_config = getattr(model, "config", model)
@@ -145,10 +151,15 @@ class EvictingCache(Cache):
         if budget is not None and not isinstance(budget, Budget):
             validate.integer("budget", budget, 1)
         share = _as_budget(keep if budget is None else budget, policy)
-        if budget is not None and policy.reads_positions:
+        if budget is not None and policy.window >= ALL_QUERIES:
             raise ValueError(
-                f"budget is {budget}, with {type(policy).__name__}, which reads positions: expected keep=, because "
-                "they are not followed through a second eviction"
+                f"budget is {budget}, with {type(policy).__name__}, which reads all queries of a prompt: expected "
+                "keep=, because they would be held for ever"
+            )
+        if budget is not None and "repeated" in policy.needs:
+            raise ValueError(
+                f"budget is {budget}, with {type(policy).__name__}, which reads the text again for each eviction: "
+                "expected keep="
             )
         if budget is not None and (not isinstance(share.keep, int) or share.keep <= pin):
             raise ValueError(f"budget is {share.keep}: expected an int number of tokens, more than pin, {pin}")
@@ -159,10 +170,10 @@ class EvictingCache(Cache):
             and not isinstance(policy, Learned)
         ):
             raise ValueError("heads is 'each': expected 'shared', for one hidden state is held of a token that is kept")
-        if static and (budget is None or policy.needs or interval < 1):
+        if static and (budget is None or policy.needs or policy.reads_positions or interval < 1):
             raise ValueError(
                 f"static is True with budget {budget}, interval {interval} and {type(policy).__name__}: expected a "
-                "budget, an interval of at least 1, and a policy that reads keys alone"
+                "budget, an interval of at least 1, and a policy that reads keys alone, without their positions"
             )
         self._static, self._unsettled, self._interval = static, 0, interval
         self.on_evict = on_evict
@@ -178,6 +189,7 @@ class EvictingCache(Cache):
         self._heads = next(filter(None, heads), 1)
         of_heads = shares.unequal_heads(share, self._policy)
         self._guarded = False
+        self._group, self._of_heads = parallel.group_of(model, group), of_heads
         if of_heads:
             shares.check_served(self._config, self._policy, for_ever=budget is not None, static=static)
         shares.check_model(share, self._config)
@@ -251,6 +263,7 @@ class EvictingCache(Cache):
         if layer_idx == 0 and not self._static:  # whose numbers stay on the device
             self._refuse_unlike_layers()
         if layer_idx == self._full[0]:
+            self._look_for_other_heads(key_states.shape[1], self._policy, self._of_heads)
             masks.forget()
             self._watch_for_chunks(key_states.shape[2])
         before = self.layers[layer_idx - 1] if layer_idx > 0 else None
@@ -278,6 +291,14 @@ class EvictingCache(Cache):
                 f'a batch of {batch} requests needs "{NAME}" attention, without which padding is taken for tokens: '
                 f"{remedy}, or make the cache with the model, not its config"
             )
+
+    def _look_for_other_heads(self, seen: int, policy: Policy, of_heads: bool) -> None:
+        """Before anything changes: whether heads that choose together are all here, or on the ranks of a group."""
+        if getattr(self._config, "kv_lora_rank", None):
+            return  # one latent for all heads, on every rank
+        if parallel.check(policy, seen, self._heads, self._group, of_heads=of_heads, static=self._static):
+            for layer in self._evicting():
+                layer.group = self._group
 
     def _refuse_unlike_layers(self) -> None:
         """Layers with a window grow before the first one that evicts sees a mask, and may refuse it."""
@@ -320,7 +341,8 @@ class EvictingCache(Cache):
             layer.settle()
 
     def evict(self, keep: int | float | Budget) -> None:
-        """Evict now, in every evicting layer: a document that was read in chunks, say, before it is asked about.
+        """Evict now, in every evicting layer: a document that was read in chunks, say, before it is asked about. Layers
+        that hold no token are those of other ranks, under pipeline parallelism, and are left alone.
         In all layers or, where an error is raised before, in none; then `on_evict` is called for each.
 
         Args:
@@ -332,12 +354,18 @@ class EvictingCache(Cache):
                 the policy reads was not noted, as of keep= after the prompt.
         """
         self.settle()
-        layers = self._evicting()
-        if any(int(layer.get_seq_length()) == 0 for layer in layers):
+        layers = [layer for layer in self._evicting() if int(layer.get_seq_length()) > 0]
+        if not layers:
             raise ValueError("the cache is empty: expected a cache after a forward")
         budget = _as_budget(keep, self._policy)
         policy = shares.policy_for(budget, self._policy)
         of_heads = shares.unequal_heads(budget, policy)
+        self._look_for_other_heads(layers[0].keys.shape[1], policy, of_heads)
+        if len(layers) < len(self._evicting()) and not isinstance(budget, Uniform):
+            raise ValueError(
+                f"keep is {keep}, and some layers hold no token, those of other ranks (pipeline parallelism): expected "
+                "the same share or number for every layer"
+            )
         if of_heads:
             shares.check_served(self._config, policy, for_ever=layers[0].keep is None, static=self._static)
         shares.check_model(budget, self._config)
@@ -355,7 +383,27 @@ class EvictingCache(Cache):
             other = None if policy is self._policy else policy
             choices = [layer.choose(share, other) for layer, share in zip(layers, told, strict=True)]
         self._unequal |= unequal
-        self._apply(choices)
+        self._apply(layers, choices)
+
+    def reconstruct(
+        self, model: Any, input_ids: Tensor, *, prompt_ids: Tensor | None = None, chunk: int = 2048
+    ) -> None:
+        """Let the model repeat its text, and note how much attention each cached token draws, for `KVzip`
+        (arXiv 2505.23416). What is read for that does not stay in the cache. With keep=, the cache is then cut.
+
+        Args:
+            model: the model that has read the text with this cache; its attention is "kvevict" meanwhile.
+            input_ids: [B, S] int64: the text that the cache holds, all of it.
+            prompt_ids: [P] int64, what asks for the repetition: the tokens of `kvevict.hf.reconstruct.PROMPT`, in the
+                words that the model knows. None: the text follows on itself.
+            chunk: the text is repeated in pieces of so many tokens, each with some before it, and after the prompt.
+
+        Raises:
+            TypeError, ValueError: the policy reads no repetition; the cache does not hold these tokens, or no more; as
+                `kvevict.hf.reconstruct.repeat_scores`. The cache is as it was.
+        """
+        reconstruct.note(self._evicting(), self, self._policy, model, input_ids, prompt_ids, chunk)
+        self.settle()
 
     def _evict_together(self) -> None:
         """A choice over all layers is made when the last of them has done its attention."""
@@ -366,14 +414,14 @@ class EvictingCache(Cache):
             due = sum(layer.excess() for layer in layers) > 0
         else:
             due = not layers[0].compressed
-        if due and not any("queries" in layer.notes.missing() for layer in layers):
-            self._apply(choose_together(layers, self._policy, self._budget.keep))
+        if due and not any(layer.waits_for("queries", "repetition") for layer in layers):
+            self._apply(layers, choose_together(layers, self._policy, self._budget.keep))
 
-    def _apply(self, choices: list[Choice]) -> None:
+    def _apply(self, layers: list[EvictingLayer], choices: list[Choice]) -> None:
         """One layer after the other, each of which frees what it gives up; then `on_evict` is called for all."""
         self._held = []
         try:
-            for layer, choice in zip(self._evicting(), choices, strict=True):
+            for layer, choice in zip(layers, choices, strict=True):
                 layer.apply(choice)
         finally:
             held, self._held = self._held, None
@@ -475,7 +523,7 @@ class EvictingCache(Cache):
         cache = cls(model, policy, **options)
         layers = cache._saveable()
         saved.load(layers, cache._config, pathlib.Path(folder), device)
-        cache._unequal |= len({layer.cached() for layer in layers}) > 1
+        cache._unequal |= len({layer.cached() for layer in layers if layer.is_initialized}) > 1
         cache._unequal |= any(layer.pages is not None for layer in layers)
         return cache
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvevict.hf.parallel import mean_over_heads
 from kvevict.hf.shares import Keep
 from kvevict.policies import Policy, model_wide
 from kvevict.policies.observed import Observed
@@ -36,13 +37,15 @@ def choose(layer: EvictingLayer, policy: Policy, keep: Keep) -> Choice:
     """
     scores, lengths = scored(layer, policy)
     B, H, S = scores.shape
+    if layer.group is not None and policy.heads == "shared":
+        scores = mean_over_heads(scores, layer.group)
     if isinstance(keep, Tensor):
         indices = policy.choose(scores, keep.to(scores.device).expand(B, H), lengths)
     elif isinstance(keep, list):
         indices = _of_requests(policy, scores, keep, lengths)
     else:
         indices = policy.choose(scores, min(keep, S) if isinstance(keep, int) else keep, lengths)
-    indices, counts = _of_heads(layer, indices)
+    indices, counts = _of_heads(layer, indices.expand(B, H, -1))
     if isinstance(keep, Tensor) or policy.heads == "adaptive" or layer.pages is not None:
         return Choice(indices, counts)
     return Choice(indices, None if layer.lengths is None else counts[:, 0])
@@ -94,13 +97,10 @@ def scored(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor | None]
         ValueError: what the policy reads was not noted.
     """
     name = type(policy).__name__
-    if not layer.watching and policy.needs - {"values"}:
+    if not layer.watching and policy.needs - {"values", "repeated"}:
         raise ValueError(f"the prompt has been cut, and nothing was noted for {name} since")
-    if policy.reads_positions and (layer.evicted or layer.pages is not None):
-        raise ValueError(
-            f"{name} reads positions, which are not followed through an eviction or into pages: expected a cache that "
-            "has kept all of its tokens until now, as with keep=Uniform(1.0)"
-        )
+    if "repeated" in policy.needs:
+        _check_repeated(layer, name)
     for missing in layer.notes.missing():
         raise ValueError(f"{name} needs {missing}, and nothing was noted since tokens were cropped: run a forward")
     if layer.pages is not None:
@@ -109,6 +109,10 @@ def scored(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor | None]
         "values": layer.values.detach(),
         "layer": layer.index,
     }
+    if policy.reads_positions and layer.notes.tracker is None:  # which notes positions of its own
+        placed = layer.positions()
+        if placed is not None:
+            known |= {"positions": placed[0], "tokens_seen": placed[1]}
     lengths = None if layer.lengths is None else layer.lengths.clamp(min=1)  # a chunk may have been all padding
     keys, tracker = layer.keys.detach(), layer.notes.tracker
     if tracker is None:
@@ -118,6 +122,17 @@ def scored(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor | None]
     return policy.scores(seen), seen.lengths
 
 
+def _check_repeated(layer: EvictingLayer, name: str) -> None:
+    repeated = layer.notes.repeated
+    if repeated is None:
+        raise ValueError(f"{name} needs cache.reconstruct(model, input_ids) of what the cache holds")
+    tokens = layer.cached() + (0 if layer.pages is None else layer.pages.longest)
+    if repeated.shape[2] != tokens:
+        raise ValueError(
+            f"{name} has no scores of the tokens that came after cache.reconstruct: expected an evict right after it"
+        )
+
+
 def _scored_by_row(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor]:
     """`scored`, where heads hold unequal numbers: each is shown to the policy as a request of one KV head, whose last
     queries are as many as its tokens."""
@@ -125,8 +140,12 @@ def _scored_by_row(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor
     assert lengths is not None
     B, H = lengths.shape
     of_rows = lengths.flatten().clamp(min=1)
+    known = layer.notes.observed(of_rows, heads=H)
+    placed = layer.positions() if policy.reads_positions else None
+    if placed is not None:
+        known |= {"positions": placed[0].flatten(0, 1)[:, None], "tokens_seen": placed[1].repeat_interleave(H)}
     seen = Observed(
         keys=keys.flatten(0, 1)[:, None], values=values.flatten(0, 1)[:, None], lengths=of_rows, layer=layer.index,
-        **layer.notes.observed(of_rows, heads=H),
+        **known,
     )  # fmt: skip
     return policy.scores(seen).view(B, H, -1), lengths

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from kvevict.hf import pages
 from kvevict.hf.layer import EvictingLayer
+from kvevict.hf.places import Places
 
 FILE = "cache.safetensors"
 FORMAT = 3
+PLACES = ("kept", "counts", "seen")
 TRACKED = ("mass", "last_used", "positions")  # of a Tracker, [B, H, n]
 # What makes a cache fit a model.
 FACTS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -36,10 +38,13 @@ def save(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path) -> 
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
-    states = []
+    if all(layer.get_seq_length() == 0 for layer in layers):
+        raise ValueError("the cache is empty: expected a cache after a forward")
+    states: list[dict[str, Any] | None] = []
     for i, layer in enumerate(layers):
-        if layer.get_seq_length() == 0:
-            raise ValueError("the cache is empty: expected a cache after a forward")
+        if layer.get_seq_length() == 0:  # another rank's, under pipeline parallelism
+            states.append(None)
+            continue
         notes, tracker = layer.notes, layer.notes.tracker
         held = dict(keys=layer.keys, values=layer.values, lengths=layer.lengths, row=layer.row,
                     queries=notes.queries, hidden=notes.hidden,
@@ -49,6 +54,8 @@ def save(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path) -> 
             held |= {"tracker.lengths": tracker.lengths, "tracker.tokens_seen": tracker.tokens_seen}
         if layer.pages is not None:
             held |= _packed(layer.pages)
+        if notes.places is not None:
+            held |= {f"places.{name}": getattr(notes.places, name) for name in PLACES}
         # Copies: safetensors takes no two tensors of one memory.
         tensors |= {f"{i}.{name}": x.detach().clone().contiguous() for name, x in held.items() if x is not None}
         states.append(
@@ -112,9 +119,12 @@ def load(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path, dev
                 raise ValueError(f"is of a model with {name} {theirs}: expected {ours}, as the config has")
         if len(state["layers"]) != len(layers):
             raise ValueError(f"has {len(state['layers'])} layers: expected {len(layers)}, as the config has")
-        batch = tensors["0.keys"].shape[0]
+        there = [i for i, of_layer in enumerate(state["layers"]) if of_layer is not None] or [0]
+        batch = tensors[f"{there[0]}.keys"].shape[0]
         first: dict[str, int] = {}
         for i, (layer, of_layer) in enumerate(zip(layers, state["layers"], strict=True)):
+            if i not in there:
+                continue
             prefix = f"{i}."
             own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
             _check(own, of_layer, batch)
@@ -199,6 +209,7 @@ def _check(own: dict[str, Tensor], state: dict[str, Any], batch: int) -> None:
     if ("mass" in own) != (state["step"] is not None):
         raise ValueError("has mass without step or step without mass: expected both of a policy that tracks attention")
     _check_packed(own, B, H)
+    _check_places(own, B, H)
     row = own.get("row")
     if row is not None and (row.ndim != 2 or row.shape[0] not in (1, B) or row.dtype != torch.bool):
         raise ValueError(f"has row of shape {tuple(row.shape)} and {row.dtype}: expected [{B}, slots] and torch.bool")
@@ -207,6 +218,21 @@ def _check(own: dict[str, Tensor], state: dict[str, Any], batch: int) -> None:
         raise ValueError(f"has hidden of shape {tuple(hidden.shape)}: expected [{B}, 1, {n}, ...]")
     if queries is not None and (queries.ndim != 4 or queries.shape[0] != B or queries.shape[3] != keys.shape[3]):
         raise ValueError(f"has queries of shape {tuple(queries.shape)}: expected [{B}, heads, ..., {keys.shape[3]}]")
+
+
+def _check_places(own: dict[str, Tensor], B: int, H: int) -> None:
+    there = {name: own.get(f"places.{name}") for name in PLACES}
+    kept, counts, seen = there.values()
+    if kept is None and counts is None and seen is None:
+        return
+    if kept is None or counts is None or seen is None or any(x.dtype != torch.int64 for x in (kept, counts, seen)):
+        raise ValueError(f"has places {[name for name, x in there.items() if x is not None]}: expected {PLACES}, int64")
+    n = kept.shape[-1]
+    if kept.shape != (B, H, n) or counts.shape != (B, H) or seen.shape != (B,) or int(counts.max()) > n:
+        raise ValueError(
+            f"has places of shapes {[tuple(x.shape) for x in (kept, counts, seen)]}: expected "
+            f"{[(B, H, n), (B, H), (B,)]}, and counts up to {n}"
+        )
 
 
 def _check_packed(own: dict[str, Tensor], B: int, H: int) -> None:
@@ -234,6 +260,8 @@ def _fill(layer: EvictingLayer, own: dict[str, Tensor], state: dict[str, Any]) -
     layer.tail = own["tail"] if state["tail"] is None else state["tail"]
     notes = layer.notes
     notes.queries, notes.hidden = own.get("queries"), own.get("hidden")
+    if "places.kept" in own and notes.wants_positions:
+        notes.places = Places(*(own[f"places.{name}"] for name in PLACES))
     if "mass" in own:
         B, H, n = keys.shape[:3]
         tracker = notes.tracker = notes.new_tracker(B, H, n, keys.device)
@@ -247,6 +275,7 @@ def _fill(layer: EvictingLayer, own: dict[str, Tensor], state: dict[str, Any]) -
             "has heads of unequal length, and policy has heads 'shared': expected 'each' or 'adaptive', for budget= is "
             "to cut them again"
         )
-    if layer.watching and notes.missing():
-        missing, name = notes.missing()[0], type(layer.policy).__name__
+    missed = [name for name in notes.missing() if name != "repetition"]  # which can still be noted
+    if layer.watching and missed:
+        missing, name = missed[0], type(layer.policy).__name__
         raise ValueError(f"was saved without {missing}, which {name} reads: expected a cache of that policy")

@@ -9,6 +9,7 @@ from kvevict.policies.budgets import Budget, Fixed, LayerWide, ModelWide, Pyrami
 from kvevict.policies.defensive import DefensiveKV
 from kvevict.policies.expected import ExpectedAttention
 from kvevict.policies.keys import KeyDiff, KeyNorm
+from kvevict.policies.kvzip import KVzip
 from kvevict.policies.learned import Learned
 from kvevict.policies.learned_kv import LearnedKV
 from kvevict.policies.mixture import Hybrid
@@ -42,7 +43,7 @@ OF_MODEL: dict[str, Policy] = {
 RECOMMENDED = Hybrid(parts=((0.5, TOVA()), (0.5, KeyDiff())), heads="shared")
 
 # Its scores where each head keeps a number of its own: with `Fixed` shares, which bring more than any scorer does
-# (bench/quality_shares.py). Where there is a LearnedKV for the model, that is better still.
+# (`kvevict eval`). Where there is a LearnedKV for the model, that is better still.
 RECOMMENDED_FOR_SHARES = replace(RECOMMENDED, heads="each")
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "ExpectedAttention",
     "Fixed",
     "Hybrid",
+    "KVzip",
     "KeyDiff",
     "KeyNorm",
     "LayerWide",

@@ -1,0 +1,433 @@
+"""`kvevict eval`: what a model still answers about a text after its cache was cut, for every policy, budget and share.
+
+A context (kvevict/tasks.py) is read once, and cut before its questions are seen, or, with `seen`, with each question in
+it. The same number of tokens falls on layers and heads in up to five ways:
+
+    each          the same number for every head, its own choice
+    shared        the same, with one choice for all heads of a layer
+    layer shares  measured shares of the layers (`Fixed(per="layer")`), one choice for a layer's heads
+    head shares   measured shares of every head (`Fixed`)
+    model-wide    the best scores of all layers and heads (`model_wide`): sensible for scores that compare over a model
+
+An answer is teacher-forced: its loss is that of every token given the right ones before it, and it is right if each of
+them was the likeliest. Differences are paired, question by question, to the first policy named; their standard errors
+are those of the contexts' means, because questions about one context are not independent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvevict import __version__, models, ops, tasks, validate
+from kvevict.colors import color_of
+from kvevict.policies import RECOMMENDED, Fixed, LearnedKV, Observed, Policy, Shares, Tracker, model_wide
+from kvevict.policies.base import within
+from kvevict.policies.shares import find
+
+KVZIP = "kvzip"  # reads the context twice
+LEARNED = "learned"
+POLICIES = ("recommended", "keydiff", "snapkv", LEARNED)
+ALL = "all"  # tasks together
+COLUMNS = ("each", "shared", "layer shares", "head shares", "model-wide")
+LAST_STEPS = 64  # of a context, from which last use is noted
+
+_MARKERS = "osv^D<>PXp*dh" * 3
+
+Answer = tuple[float, bool]  # loss in nats per token, right
+Layers = list[tuple[Tensor, Tensor]]
+
+
+def read(model: Any, context: list[int]) -> tuple[Layers, models.Captured]:
+    """The cache after reading these tokens, (K, V) of each layer, and what entered each layer's attention."""
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache()
+    with models.capture(model) as captured:
+        model(torch.tensor([context], device=model.device), past_key_values=cache, logits_to_keep=1)
+    return [(layer.keys, layer.values) for layer in cache.layers], captured
+
+
+def observe(layers: Layers, captured: models.Captured) -> list[dict[str, Any]]:
+    """The fields of Observed for every layer, but keys and hidden. Mass is the prompt's; last use is noted as if the
+    last tokens had been decoded."""
+    observed = []
+    for layer, (keys, values) in enumerate(layers):
+        queries, _ = captured.of(layer)
+        B, H, S = keys.shape[:3]
+        tracker = Tracker(B, H, S, keys.device)
+        tracker.append(S)
+        tracker.observe(queries, keys)
+        last = queries[:, :, -LAST_STEPS:].unflatten(1, (H, -1)).float()
+        seen = torch.ones(last.shape[3], S, dtype=torch.bool, device=keys.device).tril(S - last.shape[3])
+        logits = last @ keys[:, :, None].float().mT / math.sqrt(keys.shape[3])
+        weights = logits.masked_fill(~seen, -math.inf).softmax(-1).mean(2)  # [B, H, steps, S]
+        steps = torch.arange(S - last.shape[3], S, device=keys.device)[:, None]
+        used = torch.where(weights >= 1e-3, steps, -1).amax(2).int()
+        observed.append(dict(queries=queries, values=values, mass=tracker.mass, last_used=used, layer=layer))
+    return observed
+
+
+def choices(
+    scores: list[Tensor], column: str, keep: float, shares: Shares | None, protected: tuple[int, int]
+) -> list[Tensor]:
+    """[B, H, m] of each layer: what stays of the scores [B, H, S] of all layers; `protected`: sink, recent."""
+    (_, H, S), L, (sink, recent) = scores[0].shape, len(scores), protected
+    if column == "model-wide":
+        return model_wide(scores, keep, sink=sink, recent=recent)
+    if column == "head shares":
+        assert shares is not None
+        counts = Fixed(shares, keep).per_head(L, H, S, protected=sink + recent)
+        given = [torch.tensor([of_layer], device=scores[0].device) for of_layer in counts]
+        return [ops.topk_indices(x, count, sink=sink, recent=recent) for x, count in zip(scores, given, strict=True)]
+    numbers: Sequence[int] = (validate.kept_tokens(keep, S, sink, recent),) * L
+    if column == "layer shares":
+        assert shares is not None
+        numbers = Fixed(shares, keep, per="layer").per_layer(L, S)
+    found = []
+    for scored, count in zip(scores, numbers, strict=True):
+        first, last = within(count, sink, recent)
+        heads = "each" if column == "each" else "shared"
+        found.append(ops.topk_indices(scored, count, sink=first, recent=last, heads=heads))
+    return found
+
+
+def cut(model: Any, layers: Layers, chosen: list[Tensor]) -> Any:
+    """An EvictingCache of these layers that holds what was chosen."""
+    from kvevict.hf import EvictingCache
+    from kvevict.hf.choice import Choice
+
+    cache: Any = EvictingCache(model, budget=2**40)  # evicts no more
+    for layer, (keys, values) in enumerate(layers):
+        cache.update(keys, values, layer)
+        cache.layers[layer]._unread = False  # filled by hand: no attention is due over what update has returned
+        cache.layers[layer].apply(Choice(chosen[layer], (chosen[layer] >= 0).sum(-1)))
+    return cache
+
+
+def ask(model: Any, cache: Any, seen: int, question: list[int], answer: list[int]) -> Answer:
+    """The teacher-forced answer; the cache is as it was."""
+    ids = torch.tensor([question + answer], device=model.device)
+    positions = torch.arange(seen, seen + ids.shape[1], device=model.device)[None]
+    logits = model(ids, past_key_values=cache, position_ids=positions, logits_to_keep=len(answer) + 1).logits[0, :-1]
+    cache.crop(-ids.shape[1])
+    target = ids[0, -len(answer) :, None]
+    losses = -logits.float().log_softmax(-1).gather(-1, target)
+    return losses.mean().item(), bool((logits.argmax(-1) == target[:, 0]).all())
+
+
+def named(names: Sequence[str], model: Any) -> dict[str, Policy | None]:
+    """The policies of these names for the model; KVzip, which is none, as None.
+
+    Raises:
+        kvevict.models.Unavailable: a name is not known; the package has no scorer for the model; it has not the weights
+            that a policy reads.
+    """
+    from kvevict.hf.cache import POLICIES as KNOWN
+    from kvevict.hf.weights import bound
+
+    found: dict[str, Policy | None] = {}
+    for name in names:
+        try:
+            if name == LEARNED:
+                found[name] = LearnedKV.of_model(model.config)
+            elif name == KVZIP:
+                found[name] = None
+            elif name in KNOWN:
+                found[name] = bound(KNOWN[name], model)
+            else:
+                raise ValueError(f"expected one of {', '.join([*KNOWN, LEARNED, KVZIP])}")
+        except ValueError as error:
+            raise models.Unavailable(f"--policies has {name}: {error}") from error
+    return found
+
+
+@torch.no_grad()
+def run_context(
+    model: Any,
+    tokenizer: Any,
+    context: list[int],
+    asked: list[tasks.Question],
+    keeps: Sequence[float],
+    columns: Sequence[str],
+    shares: Shares | None,
+    policies: dict[str, Policy | None],
+    seen: bool = False,
+) -> dict[str, dict[str, dict[str, list[Answer]]]]:
+    """{policy: {column: {keep: [answer to each question]}}}; "whole": of the whole cache."""
+    if not seen:
+        return _answers(model, tokenizer, context, asked, keeps, columns, shares, policies)
+    results: dict = {}
+    for one in asked:  # a prompt that ends with it: its last token is read over the cut cache
+        prompt, last = context + one.question[:-1], one._replace(question=one.question[-1:])
+        for name, cells in _answers(model, tokenizer, prompt, [last], keeps, columns, shares, policies).items():
+            for column, found in cells.items():
+                for keep, answers in found.items():
+                    results.setdefault(name, {}).setdefault(column, {}).setdefault(keep, []).extend(answers)
+    return results
+
+
+def _answers(model, tokenizer, prompt, asked, keeps, columns, shares, policies):
+    from kvevict.hf.reconstruct import PROMPT, repeat_scores
+
+    layers, captured = read(model, prompt)
+    observed = [
+        Observed(**dict(o, keys=k, values=v, layer=i))
+        for i, ((k, v), o) in enumerate(zip(layers, observe(layers, captured), strict=True))
+    ]
+
+    def answers(chosen):
+        cache = cut(model, layers, chosen)
+        return [ask(model, cache, len(prompt), one.question, one.answer) for one in asked]
+
+    everything = [torch.arange(len(prompt), device=k.device).expand(*k.shape[:2], -1) for k, _ in layers]
+    results = {"whole": {"whole": {"1.0": answers(everything)}}}
+    for name, policy in policies.items():
+        if policy is None:
+            repeat = torch.tensor(tokenizer(PROMPT, add_special_tokens=False)["input_ids"], device=model.device)
+            scores = repeat_scores(model, torch.tensor([prompt], device=model.device), repeat)
+        else:
+            scores = [policy.scores(layer) for layer in observed]
+        protected = (RECOMMENDED if policy is None else policy).protected
+        results[name] = {
+            column: {str(keep): answers(choices(scores, column, keep, shares, protected)) for keep in keeps}
+            for column in columns
+        }
+    return results
+
+
+def columns_of(names: Sequence[str], shares: Shares | None) -> list[str]:
+    """The ways of these names in which a budget can fall, in the order of COLUMNS; none: all that these shares allow.
+
+    Raises:
+        kvevict.models.Unavailable: a name is not known, or needs shares that are not.
+    """
+    known = [column for column in COLUMNS if shares is not None or not column.endswith("shares")]
+    for name in names:
+        if name not in known:
+            hint = " (none are known of the model: see `kvevict budgets`)" if name in COLUMNS else ""
+            raise models.Unavailable(f"--budgets has {name!r}{hint}: expected {', '.join(known)}")
+    return [column for column in known if not names or column in names]
+
+
+def base_of(policy: str, columns: Sequence[str]) -> tuple[str, str]:
+    """What others are compared with: RECOMMENDED as it is, one choice for a layer; others head by head."""
+    column = "shared" if policy == "recommended" else "each"
+    return policy, column if column in columns else columns[0]
+
+
+def summary(lines: Sequence[dict], base: tuple[str, str]) -> list[dict[str, Any]]:
+    """A row for every task (and "all"), policy, column and keep, from the contexts' lines.
+
+    loss in nats per token; hits, the share of answers that are right; of_whole, their number as a share of the whole
+    cache's; over_whole, the mean over the questions of the loss less the whole cache's; difference, less that of
+    `base`. The last three have an ..._error, the standard error over contexts, which have as many questions each.
+    """
+    rows = []
+    asked = lines[0]["tasks"]
+    for task in (ALL, *dict.fromkeys(asked)):
+        picked = [i for i, of in enumerate(asked) if task in (ALL, of)]
+
+        def answers(policy, column, keep, picked=picked):
+            return [[line["results"][policy][column][keep][i] for i in picked] for line in lines]
+
+        whole = answers("whole", "whole", "1.0")
+        for policy, columns in lines[0]["results"].items():
+            for column, keeps in columns.items():
+                for keep in keeps:
+                    found = answers(policy, column, keep)
+                    row = dict(task=task, policy=policy, column=column, keep=float(keep), contexts=len(lines),
+                               questions=sum(map(len, found)), loss=_mean(loss for x in found for loss, _ in x),
+                               hits=_mean(hit for x in found for _, hit in x))  # fmt: skip
+                    row["of_whole"], row["of_whole_error"] = share_of(found, whole)
+                    row["over_whole"], row["over_whole_error"] = paired(found, whole)
+                    if keep in lines[0]["results"][base[0]][base[1]]:
+                        row["difference"], row["difference_error"] = paired(found, answers(*base, keep))
+                    rows.append(row)
+    return rows
+
+
+def paired(found: list[list[Answer]], base: list[list[Answer]]) -> tuple[float, float]:
+    """Mean difference of the losses, question by question, and its standard error over contexts."""
+    of_contexts = [_mean(a - b for (a, _), (b, _) in zip(x, y, strict=True)) for x, y in zip(found, base, strict=True)]
+    return _mean(of_contexts), _error(of_contexts)
+
+
+def share_of(found: list[list[Answer]], whole: list[list[Answer]]) -> tuple[float, float]:
+    """Right answers as a share of the whole cache's, and its standard error over contexts, as of a ratio of means."""
+    ours, theirs = ([sum(hit for _, hit in context) for context in side] for side in (found, whole))
+    if not sum(theirs):
+        return math.nan, math.nan
+    share = sum(ours) / sum(theirs)
+    return share, _error([a - share * b for a, b in zip(ours, theirs, strict=True)]) / _mean(theirs)
+
+
+def _error(of_contexts: list[float]) -> float:
+    return statistics.stdev(of_contexts) / math.sqrt(len(of_contexts)) if len(of_contexts) > 1 else math.nan
+
+
+def _mean(values) -> float:
+    return statistics.fmean(values)
+
+
+def markdown(rows: Sequence[dict], caption: str, base: tuple[str, str], seen: bool) -> str:
+    """A table for every task and share."""
+    columns = [c for c in COLUMNS if any(row["column"] == c for row in rows)]
+    lines = [
+        caption, "",
+        f"Question {'seen' if seen else 'unseen'}. Mean loss in nats per answer token, right answers as a share of "
+        f"the whole cache's, and the paired difference of the loss to {base[0]}, {base[1]}; ± their standard errors.",
+    ]  # fmt: skip
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        whole = next(row for row in of_task if row["policy"] == "whole")
+        lines += ["", f"## {task}: {whole['questions']} questions in {whole['contexts']} contexts", "",
+                  f"Whole cache: {whole['loss']:.2f}, {whole['hits']:.0%} right."]  # fmt: skip
+        for keep in sorted({row["keep"] for row in of_task if row is not whole}, reverse=True):
+            cells = {(r["policy"], r["column"]): r for r in of_task if r["keep"] == keep and r is not whole}
+            lines += ["", f"| keep {keep:g} | {' | '.join(columns)} |", "|" + " --- |" * (len(columns) + 1)]
+            for policy in dict.fromkeys(policy for policy, _ in cells):
+                texts = [cell_text(cells[policy, column], (policy, column) == base) for column in columns]
+                lines.append(f"| {policy} | {' | '.join(texts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cell_text(row: dict, is_base: bool) -> str:
+    """loss, right answers of the whole cache's (difference)."""
+    text = f"{row['loss']:.2f}, {row['of_whole']:.0%} ± {row['of_whole_error']:.0%}"
+    return text if is_base else f"{text} ({row['difference']:+.2f} ± {row['difference_error']:.2f})"
+
+
+def draw(rows: Sequence[dict], caption: str, output: pathlib.Path) -> None:
+    """A panel for every column: the loss over the whole cache's against the share kept, of all tasks together."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["task"] == ALL]
+    whole = next(row for row in rows if row["policy"] == "whole")
+    columns = [c for c in COLUMNS if any(row["column"] == c for row in rows)]
+    figure, axes = plt.subplots(
+        1, len(columns), figsize=(2.7 * len(columns) + 1.6, 3.6), layout="constrained", squeeze=False, sharey=True
+    )
+    for axis, column in zip(axes[0], columns, strict=True):
+        for policy, marker in zip(dict.fromkeys(r["policy"] for r in rows if r is not whole), _MARKERS, strict=False):
+            line = sorted((r for r in rows if (r["policy"], r["column"]) == (policy, column)), key=lambda r: r["keep"])
+            axis.errorbar(
+                [r["keep"] for r in line] + [1.0], [r["over_whole"] for r in line] + [0.0],
+                [r["over_whole_error"] for r in line] + [0.0], marker=marker, markersize=4, linewidth=1, label=policy,
+                color=color_of(policy),
+            )  # fmt: skip
+        axis.axhline(0.0, color="black", linestyle="--", linewidth=0.8)
+        axis.set(title=column, xlabel="share of the cache kept")
+    axes[0][0].set_ylabel("loss over the whole cache's (nats/token)")
+    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(caption, fontsize=8)
+    figure.savefig(output, dpi=130)
+    plt.close(figure)
+
+
+def run(
+    model_name: str,
+    text: pathlib.Path | None,
+    tokens: int,
+    contexts: int,
+    names: Sequence[str],
+    keeps: Sequence[float],
+    columns: Sequence[str],
+    shares_path: pathlib.Path | None,
+    seen: bool,
+    device: str,
+    out: pathlib.Path,
+) -> list[dict[str, Any]]:
+    """Evaluate; print the table, write eval.json, .md and .png into `out`. Contexts are appended to eval.jsonl as they
+    are done, and not done again.
+
+    Raises:
+        kvevict.models.Unavailable: a model, text or device cannot be had, an option makes no sense, or `out` holds
+            another evaluation.
+    """
+    names, keeps = list(dict.fromkeys(names)), sorted(set(keeps), reverse=True)
+    for keep in keeps:
+        if not 0 < keep < 1:  # NaN is not, either
+            raise models.Unavailable(f"--keep is {keep}: expected a share between 0 and 1")
+    if contexts < 1:
+        raise models.Unavailable(f"--contexts is {contexts}: expected at least 1")
+    if not out.resolve().parent.is_dir():
+        raise models.Unavailable(f"--out is {out}: expected a folder in an existing one")
+    body = models.read_text(text) if text else second_half()
+    models.known_device(device)
+
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    console = Console()
+    source = text.name if text else "the Pentateuch's second half"
+    path = out / "eval.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    with Progress(console=console, transient=True) as progress:
+        loading = progress.add_task(f"loading {model_name}", total=None)
+        model, tokenizer = models.load(model_name, device)
+        progress.remove_task(loading)
+        policies = named(names, model)
+        try:
+            shares = Shares.load(shares_path) if shares_path else find(model.config)
+            ids = tokenizer(body, add_special_tokens=False)["input_ids"]
+            questions = [tasks.build(sample, tokenizer, ids, tokens) for sample in range(contexts)]
+        except (OSError, ValueError) as error:
+            raise models.Unavailable(str(error)) from error
+        columns = columns_of(columns, shares)
+        settings = dict(model=model_name, tokens=tokens, policies=names, keeps=keeps, columns=columns, seen=seen,
+                        text=source, tasks=list(tasks.TASKS))  # fmt: skip
+        if any(line["settings"] != settings for line in lines):
+            raise models.Unavailable(f"--out is {out}, which holds another evaluation: expected an empty folder")
+        model.set_attn_implementation("kvevict")
+        out.mkdir(exist_ok=True)
+        done = {line["sample"] for line in lines}
+        left = [sample for sample in range(contexts) if sample not in done]
+        for sample in progress.track(left, description="contexts"):
+            results = run_context(model, tokenizer, *questions[sample], keeps, columns, shares, policies, seen)
+            asked = [one.task for one in questions[sample][1]]
+            lines.append(dict(sample=sample, settings=settings, tasks=asked, results=results))
+            with path.open("a") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
+    base = base_of(names[0], columns)
+    rows = summary(lines, base)
+    caption = (
+        f"{model_name}, {tokens} tokens of {source}, question {'seen' if seen else 'unseen'}, "
+        f"{len(lines)} contexts, torch {torch.__version__}, kvevict {__version__}"
+    )
+    (out / "eval.json").write_text(json.dumps({"schema": 3, "caption": caption, "base": base, "rows": rows}, indent=1))
+    (out / "eval.md").write_text(markdown(rows, caption, base, seen))
+    draw(rows, caption, out / "eval.png")
+    together = [row for row in rows if row["task"] == ALL]
+    whole = next(row for row in together if row["policy"] == "whole")
+    shown = Table(title=f"{caption}\nwhole cache: {whole['loss']:.2f} nats, {whole['hits']:.0%} right")
+    for heading in ("keep", "scores", "budget", "loss", "of the right answers", "difference"):
+        shown.add_column(heading, justify="left" if heading in ("scores", "budget") else "right")
+    for row in sorted((r for r in together if r is not whole), key=lambda r: (-r["keep"], r["loss"])):
+        difference = f"{row['difference']:+.2f} ± {row['difference_error']:.2f}"
+        shown.add_row(f"{row['keep']:g}", row["policy"], row["column"], f"{row['loss']:.2f}",
+                      f"{row['of_whole']:.0%} ± {row['of_whole_error']:.0%}",
+                      "" if (row["policy"], row["column"]) == base else difference)  # fmt: skip
+    console.print(shown)
+    console.print(f"wrote {out}/eval.json, eval.md, eval.png")
+    return rows
+
+
+def second_half() -> str:
+    """Of the package's text: its scorers are fitted to the first."""
+    text = models.sample_text()
+    return text[len(text) // 2 :]
