@@ -95,7 +95,7 @@ def launch_moves(S, D, dtype, offset=0):
 
 
 def launch_attention(S, D, dtype, offset=0):
-    """The whole prompt, windows, far attention in one, and a decode step, with a group of 4."""
+    """The whole prompt, windows and a decode step, with a group of 4."""
     from kvevict.backends import triton as backend
 
     keys, values = cache(S, D, dtype, offset)
@@ -104,12 +104,20 @@ def launch_attention(S, D, dtype, offset=0):
         queries, lse = torch.empty(2, 16, W, D, dtype=dtype), torch.empty(2, 16, W)
         backend.attention_lse(queries, keys, 0.1, True, None, lse)
         backend.attention_mass(queries, keys, lse, 0.1, True, "mean", True, None, out)
-    window, lse = torch.empty(2, 16, 64, D, dtype=dtype), torch.empty(2, 16, 64)
-    backend.attention_mass(window, keys, lse, 0.1, True, "mean", True, None, out, None, 32)
     query = torch.empty(2, 16, 1, D, dtype=dtype)
     used = torch.empty(2, 4, S, dtype=torch.int32)
     result = torch.empty(2, 16, 1, D, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)
     backend.decode_attention(query, keys, values, 0.1, None, out, 0.5, used, 7, 1e-3, result)
+
+
+def launch_far(S, D, dtype, offset=0):
+    """Far attention, of a window in one tile and of one in several."""
+    from kvevict.backends import triton as backend
+
+    keys, _ = cache(S, D, dtype, offset)
+    for W in (32, 100):
+        queries, lse = torch.empty(2, 16, W, D, dtype=dtype), torch.empty(2, 16, W)
+        backend.attention_mass(queries, keys, lse, 0.1, True, "mean", True, None, torch.empty(2, 4, S), None, 32)
 
 
 def launch_products(S, D, dtype, offset=0):
@@ -194,7 +202,7 @@ def matrix(target: str, rows, tiles, paged) -> None:
     compile_only(TARGETS[target], report)
     for launch_one, cases in (
         (launch_scores, rows), (launch_fitted, rows), (launch_moves, rows), (launch_attention, tiles),
-        (launch_products, tiles),
+        (launch_far, tiles), (launch_products, tiles),
     ):  # fmt: skip
         for D, dtype, offset in cases:
             case.update(D=D, dtype=str(dtype).removeprefix("torch."), offset=offset)
