@@ -55,7 +55,6 @@ class ValuedTOVA(TOVA):
         return super().scores(seen) * seen.values.float().norm(p=1, dim=-1)
 
 
-PUBLISHED = pathlib.Path(kvevict.__file__).parent / "data/quality.json"
 KEEPS = (0.8, 0.5, 0.25, 0.1)
 POLICIES = {
     **NAMED,
@@ -187,22 +186,6 @@ def summary(lines):
     return rows
 
 
-def published(rows, model, tokens):
-    """What the planner quotes: right answers with the question hidden or seen, as a share of the whole cache's."""
-    names = {"tova + keydiff": "RECOMMENDED", "keydiff": "KeyDiff"}
-    found = []
-    for mode in ("unseen", "seen"):
-        asked = [row for row in rows if row["mode"] == mode and row["task"] != "continuation"]
-        whole = sum(row["hits"] * row["samples"] for row in asked if row["policy"] == "whole")
-        samples = sum(row["samples"] for row in asked if row["policy"] == "whole")
-        for policy, name in names.items():
-            for keep in KEEPS:
-                hits = sum(r["hits"] * r["samples"] for r in asked if (r["policy"], r["keep"]) == (policy, keep))
-                found.append(dict(model=model, tokens=tokens, mode=mode, policy=name, keep=keep, samples=samples,
-                                  kept=round(hits / whole, 3)))  # fmt: skip
-    return found
-
-
 def table(rows, caption):
     lines = [
         caption,
@@ -274,7 +257,6 @@ def main():
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="2 samples of two tasks: does it run?")
-    parser.add_argument("--publish", action="store_true", help="put the figures where `kvevict plan` quotes them")
     parser.add_argument("--out", type=pathlib.Path, help="folder; default: bench/results/<device>")
     options = parser.parse_args()
     if options.quick:
@@ -303,12 +285,7 @@ def main():
     caption = (
         f"{options.model}, {options.tokens} tokens, {device}, torch {torch.__version__}, kvevict {kvevict.__version__}"
     )
-    rows = report(out, name, caption)
-    if options.publish:
-        quoted = json.loads(PUBLISHED.read_text())["rows"]
-        new = published(rows, options.model, options.tokens)
-        kept = [row for row in quoted if (row["model"], row["tokens"]) != (options.model, options.tokens)]
-        PUBLISHED.write_text(json.dumps({"rows": kept + new}, indent=1) + "\n")
+    report(out, name, caption)
     print(f"wrote {out / name}.json, .md, .png")
 
 

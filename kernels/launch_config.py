@@ -215,6 +215,13 @@ def mass_config(query_rows: int, head_dim: int, element_size: int) -> AttentionC
     return AttentionConfig(block_dim, block_rows, block_tokens, 8 if wide else 4, num_stages)
 
 
+def peaks_config(query_rows: int, head_dim: int, element_size: int) -> AttentionConfig:
+    block_dim = head_chunk(head_dim, element_size)
+    # 64 × 32 float32 over 4 warps: 16 registers each of logits, of their average and of its maximum.
+    block_tokens = 64 if element_size < 4 else 32
+    return AttentionConfig(block_dim, 16 if query_rows <= 16 else 32, block_tokens, 4, 1)
+
+
 def product_config(head_dim: int, element_size: int, matrices: int) -> AttentionConfig:
     """Of a block of tokens' rows and `block_rows` rows of one or two matrices at a time."""
     block_dim = head_chunk(head_dim, element_size)

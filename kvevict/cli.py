@@ -180,10 +180,16 @@ def evaluate_policies(
         list[str], typer.Option(help="Shares of the cache to keep, separated by commas; may be repeated.")
     ] = ["0.5", "0.25", "0.1"],  # noqa: B006
     tokens: Annotated[int, typer.Option(help="Length of a context in tokens.")] = 1000,
-    contexts: Annotated[int, typer.Option(help="Contexts, of four questions each.")] = 16,
+    contexts: Annotated[int, typer.Option(help="Contexts, of three questions of each task.")] = 16,
     text: Annotated[
         pathlib.Path | None, typer.Option(help="Text file to hide things in; default: half of a public-domain text.")
     ] = None,
+    budgets: Annotated[
+        list[str],
+        typer.Option(
+            help=f"How a budget falls: {', '.join(evaluate.COLUMNS)}; separated by commas. Default: all there are."
+        ),
+    ] = [],  # noqa: B006
     shares: Annotated[
         pathlib.Path | None, typer.Option(help="Of `kvevict budgets`; default: what the package has for the model.")
     ] = None,
@@ -193,11 +199,12 @@ def evaluate_policies(
         pathlib.Path("kvevict-eval")
     ),
 ) -> None:
-    """Hide facts in a text, cut the model's KV cache in every way, and ask for them."""
+    """Hide words, numbers, a list and code in a text, cut the model's KV cache in every way, and ask for them."""
     try:
         names = [name for part in policies for name in part.split(",")]
         keeps = [_share(share) for part in keep for share in part.split(",")]
-        evaluate.run(model, text, tokens, contexts, names, keeps, shares, seen, device, out)
+        columns = [column for part in budgets for column in part.split(",")]
+        evaluate.run(model, text, tokens, contexts, names, keeps, columns, shares, seen, device, out)
     except models.Unavailable as error:
         print(f"kvevict eval: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

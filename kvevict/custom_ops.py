@@ -298,6 +298,15 @@ def _attention_mass_op(
 
 
 @_custom_op(
+    "attention_peaks(Tensor queries, Tensor keys, Tensor lse, float scale, SymInt pool, Tensor? lengths, "
+    "Tensor(a!) out) -> ()"
+)
+def _attention_peaks_op(queries, keys, lse, scale, pool, lengths, out):
+    _check_lengths(lengths, keys, None)
+    _run("attention_peaks", keys.device, queries, keys, lse, scale, pool, lengths, out)
+
+
+@_custom_op(
     "decode_attention(Tensor queries, Tensor keys, Tensor values, float scale, Tensor? lengths, Tensor(a!)? mass, "
     "float decay, Tensor(b!)? last_used, SymInt step, float threshold, Tensor(c!) out, Tensor? table=None, "
     "Tensor? given_lse=None, Tensor(d!)? out_lse=None) -> ()"

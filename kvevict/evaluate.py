@@ -35,6 +35,7 @@ from kvevict.policies.shares import find
 KVZIP = "kvzip"  # reads the context twice
 LEARNED = "learned"
 POLICIES = ("recommended", "keydiff", "snapkv", LEARNED)
+ALL = "all"  # tasks together
 COLUMNS = ("each", "shared", "layer shares", "head shares", "model-wide")
 LAST_STEPS = 64  # of a context, from which last use is noted
 
@@ -155,24 +156,25 @@ def run_context(
     context: list[int],
     asked: list[tasks.Question],
     keeps: Sequence[float],
+    columns: Sequence[str],
     shares: Shares | None,
     policies: dict[str, Policy | None],
     seen: bool = False,
 ) -> dict[str, dict[str, dict[str, list[Answer]]]]:
     """{policy: {column: {keep: [answer to each question]}}}; "whole": of the whole cache."""
     if not seen:
-        return _answers(model, tokenizer, context, asked, keeps, shares, policies)
+        return _answers(model, tokenizer, context, asked, keeps, columns, shares, policies)
     results: dict = {}
     for one in asked:  # a prompt that ends with it: its last token is read over the cut cache
         prompt, last = context + one.question[:-1], one._replace(question=one.question[-1:])
-        for name, columns in _answers(model, tokenizer, prompt, [last], keeps, shares, policies).items():
-            for column, found in columns.items():
+        for name, cells in _answers(model, tokenizer, prompt, [last], keeps, columns, shares, policies).items():
+            for column, found in cells.items():
                 for keep, answers in found.items():
                     results.setdefault(name, {}).setdefault(column, {}).setdefault(keep, []).extend(answers)
     return results
 
 
-def _answers(model, tokenizer, prompt, asked, keeps, shares, policies):
+def _answers(model, tokenizer, prompt, asked, keeps, columns, shares, policies):
     from kvevict.hf.reconstruct import PROMPT, repeat_scores
 
     layers, captured = read(model, prompt)
@@ -196,49 +198,79 @@ def _answers(model, tokenizer, prompt, asked, keeps, shares, policies):
         protected = (RECOMMENDED if policy is None else policy).protected
         results[name] = {
             column: {str(keep): answers(choices(scores, column, keep, shares, protected)) for keep in keeps}
-            for column in columns_of(shares)
+            for column in columns
         }
     return results
 
 
-def columns_of(shares: Shares | None) -> list[str]:
-    """The ways in which a budget can fall where these shares are known, or none."""
-    return [column for column in COLUMNS if shares is not None or not column.endswith("shares")]
+def columns_of(names: Sequence[str], shares: Shares | None) -> list[str]:
+    """The ways of these names in which a budget can fall, in the order of COLUMNS; none: all that these shares allow.
+
+    Raises:
+        kvevict.models.Unavailable: a name is not known, or needs shares that are not.
+    """
+    known = [column for column in COLUMNS if shares is not None or not column.endswith("shares")]
+    for name in names:
+        if name not in known:
+            hint = " (none are known of the model: see `kvevict budgets`)" if name in COLUMNS else ""
+            raise models.Unavailable(f"--budgets has {name!r}{hint}: expected {', '.join(known)}")
+    return [column for column in known if not names or column in names]
 
 
-def base_of(policy: str) -> tuple[str, str]:
+def base_of(policy: str, columns: Sequence[str]) -> tuple[str, str]:
     """What others are compared with: RECOMMENDED as it is, one choice for a layer; others head by head."""
-    return policy, "shared" if policy == "recommended" else "each"
+    column = "shared" if policy == "recommended" else "each"
+    return policy, column if column in columns else columns[0]
 
 
 def summary(lines: Sequence[dict], base: tuple[str, str]) -> list[dict[str, Any]]:
-    """A row for every policy, column and keep, from the contexts' lines.
+    """A row for every task (and "all"), policy, column and keep, from the contexts' lines.
 
-    loss in nats per token; hits, the share of answers that are right; of_whole, as a share of the whole cache's;
-    difference, the mean over the questions of the loss less that of `base`; error, its standard error over contexts,
-    which have as many questions each.
+    loss in nats per token; hits, the share of answers that are right; of_whole, their number as a share of the whole
+    cache's; over_whole, the mean over the questions of the loss less the whole cache's; difference, less that of
+    `base`. The last three have an ..._error, the standard error over contexts, which have as many questions each.
     """
     rows = []
-    for policy, columns in lines[0]["results"].items():
-        for column, keeps in columns.items():
-            for keep in keeps:
-                found = [line["results"][policy][column][keep] for line in lines]
-                of_base = [line["results"][base[0]][base[1]].get(keep) for line in lines]
-                row = dict(policy=policy, column=column, keep=float(keep), contexts=len(lines),
-                           questions=sum(map(len, found)), loss=_mean(loss for x in found for loss, _ in x),
-                           hits=_mean(hit for x in found for _, hit in x))  # fmt: skip
-                if None not in of_base:
-                    paired = [
-                        _mean(a - b for (a, _), (b, _) in zip(x, y, strict=True))
-                        for x, y in zip(found, of_base, strict=True)
-                    ]
-                    row["difference"] = _mean(paired)
-                    row["error"] = statistics.stdev(paired) / math.sqrt(len(paired)) if len(paired) > 1 else math.nan
-                rows.append(row)
-    whole = next(row["hits"] for row in rows if row["policy"] == "whole")
-    for row in rows:
-        row["of_whole"] = row["hits"] / whole if whole else math.nan
+    asked = lines[0]["tasks"]
+    for task in (ALL, *dict.fromkeys(asked)):
+        picked = [i for i, of in enumerate(asked) if task in (ALL, of)]
+
+        def answers(policy, column, keep, picked=picked):
+            return [[line["results"][policy][column][keep][i] for i in picked] for line in lines]
+
+        whole = answers("whole", "whole", "1.0")
+        for policy, columns in lines[0]["results"].items():
+            for column, keeps in columns.items():
+                for keep in keeps:
+                    found = answers(policy, column, keep)
+                    row = dict(task=task, policy=policy, column=column, keep=float(keep), contexts=len(lines),
+                               questions=sum(map(len, found)), loss=_mean(loss for x in found for loss, _ in x),
+                               hits=_mean(hit for x in found for _, hit in x))  # fmt: skip
+                    row["of_whole"], row["of_whole_error"] = share_of(found, whole)
+                    row["over_whole"], row["over_whole_error"] = paired(found, whole)
+                    if keep in lines[0]["results"][base[0]][base[1]]:
+                        row["difference"], row["difference_error"] = paired(found, answers(*base, keep))
+                    rows.append(row)
     return rows
+
+
+def paired(found: list[list[Answer]], base: list[list[Answer]]) -> tuple[float, float]:
+    """Mean difference of the losses, question by question, and its standard error over contexts."""
+    of_contexts = [_mean(a - b for (a, _), (b, _) in zip(x, y, strict=True)) for x, y in zip(found, base, strict=True)]
+    return _mean(of_contexts), _error(of_contexts)
+
+
+def share_of(found: list[list[Answer]], whole: list[list[Answer]]) -> tuple[float, float]:
+    """Right answers as a share of the whole cache's, and its standard error over contexts, as of a ratio of means."""
+    ours, theirs = ([sum(hit for _, hit in context) for context in side] for side in (found, whole))
+    if not sum(theirs):
+        return math.nan, math.nan
+    share = sum(ours) / sum(theirs)
+    return share, _error([a - share * b for a, b in zip(ours, theirs, strict=True)]) / _mean(theirs)
+
+
+def _error(of_contexts: list[float]) -> float:
+    return statistics.stdev(of_contexts) / math.sqrt(len(of_contexts)) if len(of_contexts) > 1 else math.nan
 
 
 def _mean(values) -> float:
@@ -246,44 +278,41 @@ def _mean(values) -> float:
 
 
 def markdown(rows: Sequence[dict], caption: str, base: tuple[str, str], seen: bool) -> str:
-    """A table for every share."""
-    whole = next(row for row in rows if row["policy"] == "whole")
+    """A table for every task and share."""
     columns = [c for c in COLUMNS if any(row["column"] == c for row in rows)]
     lines = [
         caption, "",
-        f"Question {'seen' if seen else 'unseen'}. Mean loss in nats per answer token, the share of answers that are "
-        f"right, and the paired difference to {base[0]}, {base[1]}, ± its standard error over contexts.", "",
-        f"{whole['contexts']} contexts, {whole['questions']} questions; whole cache: {whole['loss']:.2f}, "
-        f"{whole['hits']:.0%}",
+        f"Question {'seen' if seen else 'unseen'}. Mean loss in nats per answer token, right answers as a share of "
+        f"the whole cache's, and the paired difference of the loss to {base[0]}, {base[1]}; ± their standard errors.",
     ]  # fmt: skip
-    for keep in sorted({row["keep"] for row in rows if row is not whole}, reverse=True):
-        cells = {(row["policy"], row["column"]): row for row in rows if row["keep"] == keep and row is not whole}
-        lines += [
-            "",
-            f"## keep {keep:g}",
-            "",
-            f"| scores | {' | '.join(columns)} |",
-            "|" + " --- |" * (len(columns) + 1),
-        ]
-        for policy in dict.fromkeys(policy for policy, _ in cells):
-            texts = [cell_text(cells[policy, column], (policy, column) == base) for column in columns]
-            lines.append(f"| {policy} | {' | '.join(texts)} |")
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        whole = next(row for row in of_task if row["policy"] == "whole")
+        lines += ["", f"## {task}: {whole['questions']} questions in {whole['contexts']} contexts", "",
+                  f"Whole cache: {whole['loss']:.2f}, {whole['hits']:.0%} right."]  # fmt: skip
+        for keep in sorted({row["keep"] for row in of_task if row is not whole}, reverse=True):
+            cells = {(r["policy"], r["column"]): r for r in of_task if r["keep"] == keep and r is not whole}
+            lines += ["", f"| keep {keep:g} | {' | '.join(columns)} |", "|" + " --- |" * (len(columns) + 1)]
+            for policy in dict.fromkeys(policy for policy, _ in cells):
+                texts = [cell_text(cells[policy, column], (policy, column) == base) for column in columns]
+                lines.append(f"| {policy} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
 
 
 def cell_text(row: dict, is_base: bool) -> str:
-    """loss, right answers (difference ± error)."""
-    text = f"{row['loss']:.2f}, {row['hits']:.0%}"
-    return text if is_base else f"{text} ({row['difference']:+.2f} ± {row['error']:.2f})"
+    """loss, right answers of the whole cache's (difference)."""
+    text = f"{row['loss']:.2f}, {row['of_whole']:.0%} ± {row['of_whole_error']:.0%}"
+    return text if is_base else f"{text} ({row['difference']:+.2f} ± {row['difference_error']:.2f})"
 
 
 def draw(rows: Sequence[dict], caption: str, output: pathlib.Path) -> None:
-    """A panel for every column: the loss over the whole cache's against the share kept."""
+    """A panel for every column: the loss over the whole cache's against the share kept, of all tasks together."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    rows = [row for row in rows if row["task"] == ALL]
     whole = next(row for row in rows if row["policy"] == "whole")
     columns = [c for c in COLUMNS if any(row["column"] == c for row in rows)]
     figure, axes = plt.subplots(
@@ -292,9 +321,10 @@ def draw(rows: Sequence[dict], caption: str, output: pathlib.Path) -> None:
     for axis, column in zip(axes[0], columns, strict=True):
         for policy, marker in zip(dict.fromkeys(r["policy"] for r in rows if r is not whole), _MARKERS, strict=False):
             line = sorted((r for r in rows if (r["policy"], r["column"]) == (policy, column)), key=lambda r: r["keep"])
-            axis.plot(
-                [r["keep"] for r in line] + [1.0], [r["loss"] - whole["loss"] for r in line] + [0.0],
-                marker=marker, markersize=4, label=policy, color=color_of(policy),
+            axis.errorbar(
+                [r["keep"] for r in line] + [1.0], [r["over_whole"] for r in line] + [0.0],
+                [r["over_whole_error"] for r in line] + [0.0], marker=marker, markersize=4, linewidth=1, label=policy,
+                color=color_of(policy),
             )  # fmt: skip
         axis.axhline(0.0, color="black", linestyle="--", linewidth=0.8)
         axis.set(title=column, xlabel="share of the cache kept")
@@ -312,6 +342,7 @@ def run(
     contexts: int,
     names: Sequence[str],
     keeps: Sequence[float],
+    columns: Sequence[str],
     shares_path: pathlib.Path | None,
     seen: bool,
     device: str,
@@ -344,11 +375,8 @@ def run(
     logging.disable_progress_bar()
     console = Console()
     source = text.name if text else "the Pentateuch's second half"
-    settings = dict(model=model_name, tokens=tokens, policies=names, keeps=keeps, seen=seen, text=source)
     path = out / "eval.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if any(line["settings"] != settings for line in lines):
-        raise models.Unavailable(f"--out is {out}, which holds another evaluation: expected an empty folder")
     with Progress(console=console, transient=True) as progress:
         loading = progress.add_task(f"loading {model_name}", total=None)
         model, tokenizer = models.load(model_name, device)
@@ -360,31 +388,39 @@ def run(
             questions = [tasks.build(sample, tokenizer, ids, tokens) for sample in range(contexts)]
         except (OSError, ValueError) as error:
             raise models.Unavailable(str(error)) from error
+        columns = columns_of(columns, shares)
+        settings = dict(model=model_name, tokens=tokens, policies=names, keeps=keeps, columns=columns, seen=seen,
+                        text=source, tasks=list(tasks.TASKS))  # fmt: skip
+        if any(line["settings"] != settings for line in lines):
+            raise models.Unavailable(f"--out is {out}, which holds another evaluation: expected an empty folder")
         model.set_attn_implementation("kvevict")
         out.mkdir(exist_ok=True)
         done = {line["sample"] for line in lines}
         left = [sample for sample in range(contexts) if sample not in done]
         for sample in progress.track(left, description="contexts"):
-            results = run_context(model, tokenizer, *questions[sample], keeps, shares, policies, seen)
-            lines.append(dict(sample=sample, settings=settings, results=results))
+            results = run_context(model, tokenizer, *questions[sample], keeps, columns, shares, policies, seen)
+            asked = [one.task for one in questions[sample][1]]
+            lines.append(dict(sample=sample, settings=settings, tasks=asked, results=results))
             with path.open("a") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
-    base = base_of(names[0])
+    base = base_of(names[0], columns)
     rows = summary(lines, base)
     caption = (
         f"{model_name}, {tokens} tokens of {source}, question {'seen' if seen else 'unseen'}, "
         f"{len(lines)} contexts, torch {torch.__version__}, kvevict {__version__}"
     )
-    (out / "eval.json").write_text(json.dumps({"schema": 2, "caption": caption, "base": base, "rows": rows}, indent=1))
+    (out / "eval.json").write_text(json.dumps({"schema": 3, "caption": caption, "base": base, "rows": rows}, indent=1))
     (out / "eval.md").write_text(markdown(rows, caption, base, seen))
     draw(rows, caption, out / "eval.png")
-    whole = next(row for row in rows if row["policy"] == "whole")
+    together = [row for row in rows if row["task"] == ALL]
+    whole = next(row for row in together if row["policy"] == "whole")
     shown = Table(title=f"{caption}\nwhole cache: {whole['loss']:.2f} nats, {whole['hits']:.0%} right")
-    for heading in ("keep", "scores", "budget", "loss", "right", "difference"):
+    for heading in ("keep", "scores", "budget", "loss", "of the right answers", "difference"):
         shown.add_column(heading, justify="left" if heading in ("scores", "budget") else "right")
-    for row in sorted((r for r in rows if r is not whole), key=lambda r: (-r["keep"], r["loss"])):
-        difference = f"{row['difference']:+.2f} ± {row['error']:.2f}"
-        shown.add_row(f"{row['keep']:g}", row["policy"], row["column"], f"{row['loss']:.2f}", f"{row['hits']:.0%}",
+    for row in sorted((r for r in together if r is not whole), key=lambda r: (-r["keep"], r["loss"])):
+        difference = f"{row['difference']:+.2f} ± {row['difference_error']:.2f}"
+        shown.add_row(f"{row['keep']:g}", row["policy"], row["column"], f"{row['loss']:.2f}",
+                      f"{row['of_whole']:.0%} ± {row['of_whole_error']:.0%}",
                       "" if (row["policy"], row["column"]) == base else difference)  # fmt: skip
     console.print(shown)
     console.print(f"wrote {out}/eval.json, eval.md, eval.png")

@@ -289,6 +289,45 @@ def attention_mass(
     return _mass(_dense(keys, lengths), queries, scale, lse, causal, reduce, normalize, min_distance)
 
 
+def attention_peaks(
+    queries: Tensor,
+    keys: Tensor,
+    pool: int,
+    *,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """The most attention that any of the last queries gives a token and its neighbours: what it may come to draw, and
+    not what it draws in the mean (DefensiveKV, arXiv 2510.13334). Without a W × S matrix.
+
+    Each query's attention to the tokens before the queries' own is averaged over `pool` neighbours, as `pool_scores`
+    does, and scaled back to its sum; of W queries and G heads of the group the largest counts.
+
+    Args:
+        queries: [B, Hq, W, D], the last W of the sequence.
+        keys: [B, H, S, D], after RoPE.
+        pool: odd, at most 1,023.
+        scale: of the logits; None is 1/√D.
+        lse: [B, Hq, W] float32: what `attention_lse` gives of these queries. None computes it in a first pass.
+        lengths: [B] or [B, H], see the module.
+
+    Returns:
+        [B, H, S] float32; -inf for the queries' own tokens, the last W, and beyond a request's length.
+
+    Raises:
+        TypeError, ValueError: as `attention_lse`; `pool` as kernel_size in `pool_scores`.
+    """
+    cache = _dense(keys, lengths)
+    queries = validate.queries(queries, cache.shape, cache.keys)
+    scale = validate.softmax_scale(scale, keys.shape[3])
+    _check_pool("pool", pool)
+    lse = _lse(cache, queries, scale, True) if lse is None else _check_lse(lse, queries).contiguous()
+    out = torch.empty(cache.shape[:3], dtype=torch.float32, device=keys.device)
+    torch.ops.kvevict.attention_peaks(queries, cache.keys, lse, scale, pool, cache.lengths, out)
+    return out
+
+
 def decode_attention(
     queries: Tensor,
     keys: Tensor,

@@ -17,6 +17,14 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8"}
 H100 = 3.35e12  # bytes a second: the data sheet of an H100 SXM
 
+# How a budget falls on layers and heads, and how that is written.
+BUDGETS = {
+    "equal": "keep={keep:g}",
+    "layer shares": "keep=Fixed(shares, {keep:g}, per='layer')",
+    "head shares": "keep=Fixed(shares, {keep:g})",
+    "model-wide": "keep=ModelWide({keep:g})",
+}
+
 # How much of the whole cache's right answers has to be left, and whether the cache is cut with the question in it.
 USES = {
     "general": (0.8, "unseen"),
@@ -39,11 +47,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A policy and a share for a use, and what was measured of them; all None but the policy where nothing was."""
+    """A policy, how its budget falls and a share for a use, and what was measured of them; keep, expected and measured
+    are None where nothing was enough."""
 
     use: str
     policy: str
+    budget: str  # of BUDGETS
     keep: float | None
+    expected: float | None  # right answers, as a share of the whole cache's
     measured: str | None
 
 
@@ -257,13 +268,13 @@ def recommend(use: str, context: int) -> Recommendation:
     length = min({row["tokens"] for row in rows}, key=lambda tokens: abs(tokens - context))
     rows = [row for row in rows if row["tokens"] == length and row["kept"] >= enough]
     if not rows:
-        return Recommendation(use, "RECOMMENDED", None, None)
+        return Recommendation(use, "RECOMMENDED", "equal", None, None, None)
     row = min(rows, key=lambda row: (row["keep"], -row["kept"]))
     measured = (
         f"{row['kept']:.0%} of the whole cache's right answers at {length:,} tokens, question {mode} "
         f"({row['model']}, {row['samples']} samples)"
     )
-    return Recommendation(use, row["policy"], row["keep"], measured)
+    return Recommendation(use, row["policy"], row["budget"], row["keep"], row["kept"], measured)
 
 
 def plan(
@@ -425,8 +436,15 @@ def show(result: Plan) -> None:
     console.print(f"computed at {result.bandwidth / 1e12:.2f} TB/s, not timed; a prompt that is read whole needs its")
     console.print(f"cache whole while it is read: EvictingCache(budget={result.kept}) and chunks need budget + chunk")
     advice = result.recommendation
-    keep = "not measured to be enough at any share" if advice.keep is None else f"keep {advice.keep:g}"
+    if advice.keep is None:
+        keep = "not measured to be enough at any share"
+    else:
+        keep = BUDGETS[advice.budget].format(keep=advice.keep)
     console.print(f"for {advice.use}: {advice.policy}, {keep}" + (f": {advice.measured}" if advice.measured else ""))
+    if advice.policy == "learned":
+        console.print("learned needs a scorer of the model: `kvevict train`; without one, policy RECOMMENDED")
+    if advice.budget.endswith("shares"):
+        console.print("shares of the model are measured by `kvevict budgets`")
     for note in result.notes:
         console.print(f"note: {note}")
 

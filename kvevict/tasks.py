@@ -1,7 +1,11 @@
-"""Questions about a text that can be checked: facts that are hidden in it, and a list of pairs.
+"""Questions about a text that can be checked: four tasks, all hidden in one run of it.
 
-A context hides four facts ("The magic number of Paris is 12345.") and a list of eight pairs ("river: Oslo") in a text.
-Two facts and two pairs are asked for. All is drawn from the context's number and length alone.
+    word   three sentences in three places: "The best pizza in Chicago is sold by Kowalski."
+    fact   four numbers under keys, in four places: "The magic number of Paris is 12345."
+    list   eight pairs in one place: "river: Oslo"
+    code   six Python functions in one place, of which each returns a number
+
+Three of each are asked for. All is drawn from the context's number and length alone.
 """
 
 from __future__ import annotations
@@ -15,19 +19,23 @@ CITIES = (
 WORDS = (
     "apple river stone cloud tiger maple ocean candle violin ladder copper garden window falcon pepper anchor".split()
 )
-LEAST = 400  # tokens of a context: what is hidden takes about 150
+GOODS = "pizza bread cheese coffee honey leather silver cloth".split()
+NAMES = "Kowalski Bernstein Ferrari Johansson Murphy Tanaka Novak Fischer".split()
+TASKS = ("word", "fact", "list", "code")
+ASKED = 3  # questions of each task about a context
+LEAST = 500  # tokens of a context: what is hidden takes about 350
 
 
 class Question(NamedTuple):
     """One of a context's questions, in tokens."""
 
-    task: str  # "fact" or "list"
+    task: str  # of TASKS
     question: list[int]
     answer: list[int]
 
 
 def build(sample: int, tokenizer: Any, text: list[int], tokens: int) -> tuple[list[int], list[Question]]:
-    """A context of so many tokens, and four questions about it; the same for the same arguments.
+    """A context of so many tokens, and the questions about it, task by task; the same for the same arguments.
 
     Args:
         sample: which one.
@@ -40,26 +48,66 @@ def build(sample: int, tokenizer: Any, text: list[int], tokens: int) -> tuple[li
     """
     if not LEAST <= tokens <= len(text):
         raise ValueError(f"tokens is {tokens}: expected {LEAST} to {len(text)}, which the text has")
-    rng = random.Random(f"shares {sample} {tokens}")
+    rng = random.Random(f"tasks {sample} {tokens}")
 
     def ids(words: str) -> list[int]:
         return tokenizer(words, add_special_tokens=False)["input_ids"]
 
-    cities, keys, values = rng.sample(CITIES, 4), rng.sample(WORDS, 8), rng.sample(CITIES, 8)
-    numbers = [str(rng.randrange(10000, 100000)) for _ in cities]
-    pieces = [ids(f" The magic number of {c} is {n}. ") for c, n in zip(cities, numbers, strict=True)]
-    pieces.append(ids("\n\n" + "".join(f"{k}: {v}\n" for k, v in zip(keys, values, strict=True)) + "\n"))
-    rng.shuffle(pieces)
-    room = tokens - sum(map(len, pieces))
+    hidden, found = [], []
+    for task in TASKS:
+        pieces, asked = _DRAWN[task](rng)
+        hidden += [ids(piece) for piece in pieces]
+        found += [Question(task, ids(question), ids(answer)) for question, answer in rng.sample(asked, ASKED)]
+    rng.shuffle(hidden)
+    room = tokens - sum(map(len, hidden))
+    if room < 0:
+        raise ValueError(f"tokens is {tokens}: expected at least {tokens - room}, which is what is hidden")
     start = rng.randrange(max(len(text) - room, 1))
     body, context, done = text[start : start + room], [], 0
-    for place, piece in zip(sorted(rng.uniform(0.1, 0.9) for _ in pieces), pieces, strict=True):
+    for place, piece in zip(sorted(rng.uniform(0.1, 0.9) for _ in hidden), hidden, strict=True):
         context += body[done : int(place * room)] + piece
         done = int(place * room)
-    asked = []
-    for i in rng.sample(range(4), 2):
-        question = f"\n\nQuestion: what is the magic number of {cities[i]}?\nAnswer: the magic number of {cities[i]} is"
-        asked.append(Question("fact", ids(question), ids(f" {numbers[i]}")))
-    for i in rng.sample(range(8), 2):
-        asked.append(Question("list", ids(f"\n\nFrom the list above:\n{keys[i]}:"), ids(f" {values[i]}")))
-    return context + body[done:], asked
+    return context + body[done:], found
+
+
+# Of each task: the pieces to hide, and all (question, answer) about them.
+Drawn = tuple[list[str], list[tuple[str, str]]]
+
+
+def _words(rng: random.Random) -> Drawn:
+    said = [
+        (f"The best {good} in {city} is sold by", f" {name}")
+        for good, city, name in zip(
+            rng.sample(GOODS, ASKED), rng.sample(CITIES, ASKED), rng.sample(NAMES, ASKED), strict=True
+        )
+    ]
+    return [f" {begin}{end}. " for begin, end in said], [(f"\n\n{begin}", end) for begin, end in said]
+
+
+def _facts(rng: random.Random) -> Drawn:
+    cities = rng.sample(CITIES, 4)
+    numbers = [str(rng.randrange(10000, 100000)) for _ in cities]
+    asked = [
+        (f"\n\nQuestion: what is the magic number of {city}?\nAnswer: the magic number of {city} is", f" {number}")
+        for city, number in zip(cities, numbers, strict=True)
+    ]
+    return [f" The magic number of {c} is {n}. " for c, n in zip(cities, numbers, strict=True)], asked
+
+
+def _list(rng: random.Random) -> Drawn:
+    pairs = list(zip(rng.sample(WORDS, 8), rng.sample(CITIES, 8), strict=True))
+    lines = "".join(f"{key}: {value}\n" for key, value in pairs)
+    return [f"\n\n{lines}\n"], [(f"\n\nFrom the list above:\n{key}:", f" {value}") for key, value in pairs]
+
+
+def _code(rng: random.Random) -> Drawn:
+    names = rng.sample(WORDS, 6)
+    numbers = rng.sample(range(100, 1000), 6)
+    lines = [f"def {name}():\n    return {number}\n" for name, number in zip(names, numbers, strict=True)]
+    asked = [line.rpartition(" ") for line in lines]
+    return ["\n\n" + "\n".join(lines) + "\n"], [
+        (f"\n\nOnce more, from the code above:\n{begin}", f" {number.strip()}") for begin, _, number in asked
+    ]
+
+
+_DRAWN = {"word": _words, "fact": _facts, "list": _list, "code": _code}

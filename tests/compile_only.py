@@ -120,6 +120,8 @@ def launch_products(S, D, dtype, offset=0):
     weight = torch.empty(1000, 16 * D, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)
     lengths = torch.full((2,), S, dtype=torch.int32)
     backend.projected_norms(values, weight, lengths, torch.empty(2, 4, S))
+    queries, lse = torch.empty(2, 16, 32, D, dtype=dtype), torch.empty(2, 16, 32)
+    backend.attention_peaks(queries, keys, lse, 0.1, 5, lengths, torch.empty(2, 4, S))
 
 
 def launch_paged(S, D, dtype):

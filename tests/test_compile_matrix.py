@@ -19,7 +19,7 @@ READS_ROWS = {
 }  # fmt: skip
 TILES = {
     "attention_lse_kernel", "attention_mass_kernel", "window_mass_kernel", "decode_run_kernel", "mlp_scores_kernel",
-    "quadratic_kernel", "projected_norms_kernel",
+    "quadratic_kernel", "projected_norms_kernel", "row_sums_kernel", "peaks_kernel",
 }  # fmt: skip
 READS_HALVES = {"rotary_anchor_kernel", "kv_scores_kernel"}  # of rows, whose 60 elements of 120 are not 16 bytes wide
 KERNELS = READS_ROWS | READS_HALVES | TILES | {

@@ -24,13 +24,26 @@ SHARES = Shares((0.5,), torch.tensor([[[0.9, 0.5], [0.4, 0.2]]]))  # two layers 
 
 def test_questions_ask_for_what_a_context_hides():
     context, asked = tasks.build(3, Characters(), TEXT, 1000)
-    assert (context, asked) == tasks.build(3, Characters(), TEXT, 1000) and len(context) == 1000 and len(asked) == 4
+    assert (context, asked) == tasks.build(3, Characters(), TEXT, 1000) and len(context) == 1000
+    assert [one.task for one in asked] == [task for task in tasks.TASKS for _ in range(3)]
+    assert len({tuple(one.question) for one in asked}) == 12
     words = Characters().decode(context)
-    for _, question, answer in asked[:2]:
-        city = Characters().decode(question).split("number of ")[-1].removesuffix(" is")
-        assert f"The magic number of {city} is{Characters().decode(answer)}." in words
-    for _, question, answer in asked[2:]:
-        assert Characters().decode(question + answer).split("\n")[-1] in words
+    for task, question, answer in asked:
+        said = Characters().decode(question + answer)
+        if task == "fact":
+            city = said.split("number of ")[-1].partition(" is")[0]
+            assert f"The magic number of {city} is{Characters().decode(answer)}." in words
+        elif task == "code":
+            assert said.split("above:\n")[1] + "\n" in words
+        else:
+            assert said.split("\n")[-1] in words
+
+
+def test_a_context_that_has_no_room_is_refused():
+    with pytest.raises(ValueError, match="tokens is 300: expected 500 to"):
+        tasks.build(0, Characters(), TEXT, 300)
+    with pytest.raises(ValueError, match=r"tokens is 500: expected at least \d+, which is what is hidden"):
+        tasks.build(0, Characters(), TEXT, 500)  # of single characters
 
 
 def test_columns_keep_the_same_in_all():
@@ -52,10 +65,10 @@ def test_columns_keep_the_same_in_all():
 def test_losses_are_those_of_plain_forwards():
     model = tiny()
     model.set_attn_implementation("kvevict")
-    context, asked = tasks.build(0, Characters(), TEXT, 400)
+    context, asked = tasks.build(0, Characters(), TEXT, 1000)
     with kvevict.backend("reference"):
         policies = evaluate.named(NAMES, model)
-        results = evaluate.run_context(model, Characters(), context, asked, [0.5], SHARES, policies)
+        results = evaluate.run_context(model, Characters(), context, asked, [0.5], evaluate.COLUMNS, SHARES, policies)
     assert {policy: set(columns) for policy, columns in results.items()} == {
         "whole": {"whole"}, **dict.fromkeys(NAMES, set(evaluate.COLUMNS))
     }  # fmt: skip
@@ -63,9 +76,9 @@ def test_losses_are_those_of_plain_forwards():
     model(torch.tensor([context]), past_key_values=cache)
     kept = [KeyDiff().compact(x.keys, x.values, keep=0.5, inplace=False)[:2] for x in cache.layers]
     for i, (_, question, answer) in enumerate(asked):
-        target, positions = torch.tensor(answer)[:, None], torch.arange(400, 400 + len(question + answer))[None]
+        target, positions = torch.tensor(answer)[:, None], torch.arange(1000, 1000 + len(question + answer))[None]
         for found, past in (
-            (results["whole"]["whole"]["1.0"], [(x.keys[:, :, :400], x.values[:, :, :400]) for x in cache.layers]),
+            (results["whole"]["whole"]["1.0"], [(x.keys[:, :, :1000], x.values[:, :, :1000]) for x in cache.layers]),
             (results["keydiff"]["each"]["0.5"], kept),
         ):
             ids = torch.tensor([question + answer])
@@ -80,7 +93,7 @@ def test_errors_are_of_contexts():
     def line(base, other):
         cells = {policy: {c: {"0.5": base} for c in evaluate.COLUMNS} for policy in NAMES}
         cells["keydiff"] = cells["keydiff"] | {"each": {"0.5": other}}
-        return dict(results={"whole": {"whole": {"1.0": base}}, **cells})
+        return dict(tasks=["fact", "list"], results={"whole": {"whole": {"1.0": base}}, **cells})
 
     lines = [
         line([(1.0, True), (2.0, False)], [(2.0, False), (5.0, False)]),
@@ -88,10 +101,26 @@ def test_errors_are_of_contexts():
     ]
     rows = evaluate.summary(lines, BASE)
     row = next(row for row in rows if (row["policy"], row["column"]) == ("keydiff", "each"))
-    assert (row["loss"], row["hits"], row["difference"], row["questions"]) == (3.75, 0.5, 1.0, 4)
-    assert row["error"] == pytest.approx(math.sqrt(2) / math.sqrt(2))
-    assert "| keydiff | 3.75, 50% (+1.00 ± 1.00) |" in evaluate.markdown(rows, "caption", BASE, False)
-    assert next(row for row in rows if row["policy"] == "recommended")["of_whole"] == 1.0
+    assert (row["task"], row["loss"], row["hits"], row["questions"]) == ("all", 3.75, 0.5, 4)
+    assert (row["difference"], row["over_whole"]) == (1.0, 1.0)
+    assert row["difference_error"] == row["over_whole_error"] == pytest.approx(math.sqrt(2) / math.sqrt(2))
+    # 2 of the whole cache's 3 right answers; 0 of 1 and 2 of 2 by context, off by -2/3 and +2/3, of 3/2 in the mean
+    assert row["of_whole"] == pytest.approx(2 / 3)
+    assert row["of_whole_error"] == pytest.approx(math.sqrt(8 / 9) / math.sqrt(2) / 1.5)
+    table = evaluate.markdown(rows, "caption", BASE, False)
+    assert "| keydiff | 3.75, 67% ± 44% (+1.00 ± 1.00) |" in table
+    of_lists = [r for r in rows if r["task"] == "list" and (r["policy"], r["column"]) == ("keydiff", "each")]
+    assert [(r["loss"], r["questions"], r["difference"]) for r in of_lists] == [(4.5, 2, 1.5)]
+    assert "## list: 2 questions in 2 contexts" in table
+
+
+def test_budgets_that_cannot_be_are_refused():
+    assert evaluate.columns_of([], None) == ["each", "shared", "model-wide"]
+    assert evaluate.columns_of(["model-wide", "head shares"], SHARES) == ["head shares", "model-wide"]
+    with pytest.raises(models.Unavailable, match="--budgets has 'head shares' .none are known"):
+        evaluate.columns_of(["head shares"], None)
+    with pytest.raises(models.Unavailable, match="--budgets has 'fair': expected each, shared"):
+        evaluate.columns_of(["fair"], SHARES)
 
 
 @torch.no_grad()
@@ -99,7 +128,7 @@ def test_a_question_that_is_seen_is_part_of_what_is_cut():
     """With everything kept but one token, the loss is close to the whole cache's; and policies see the question."""
     model = tiny()
     model.set_attn_implementation("kvevict")
-    context, asked = tasks.build(0, Characters(), TEXT, 400)
+    context, asked = tasks.build(0, Characters(), TEXT, 1000)
     looked = []
 
     class Watched(KeyDiff):
@@ -109,11 +138,13 @@ def test_a_question_that_is_seen_is_part_of_what_is_cut():
 
     with kvevict.backend("reference"):
         policies = {"watched": Watched()}
-        results = evaluate.run_context(model, Characters(), context, asked[:2], [0.999], None, policies, seen=True)
-        unseen = evaluate.run_context(model, Characters(), context, asked[:2], [0.5], None, {}, seen=False)
-    assert set(looked) == {400 + len(one.question) - 1 for one in asked[:2]}
+        results = evaluate.run_context(
+            model, Characters(), context, asked[:2], [0.999], ["each"], None, policies, seen=True
+        )
+        unseen = evaluate.run_context(model, Characters(), context, asked[:2], [0.5], ["each"], None, {}, seen=False)
+    assert set(looked) == {1000 + len(one.question) - 1 for one in asked[:2]}
     whole, cut = results["whole"]["whole"]["1.0"], results["watched"]["each"]["0.999"]
-    assert len(whole) == len(cut) == 2 and set(results["watched"]) == {"each", "shared", "model-wide"}
+    assert len(whole) == len(cut) == 2
     for a, b, c in zip(whole, unseen["whole"]["whole"]["1.0"], cut, strict=True):
         assert a[0] == pytest.approx(b[0], abs=1e-4) and a[0] == pytest.approx(c[0], abs=0.1)
 
@@ -125,14 +156,16 @@ def test_it_goes_on_where_it_was_and_refuses_what_is_not_its_own(tmp_path, monke
 
     def run(contexts, keeps=(0.5,)):
         with kvevict.backend("reference"):
-            return evaluate.run("tiny", None, 400, contexts, ["keydiff", "recency"], keeps, None, False, "cpu", out)
+            return evaluate.run(
+                "tiny", None, 1000, contexts, ["keydiff", "recency"], keeps, [], None, False, "cpu", out
+            )
 
     run(1)
     first = (out / "eval.jsonl").read_text()
     rows = run(2)
     assert (out / "eval.jsonl").read_text().startswith(first) and rows[0]["contexts"] == 2
     saved = json.loads((out / "eval.json").read_text())
-    assert saved["base"] == ["keydiff", "each"] and len(saved["rows"]) == 1 + 2 * 3
+    assert saved["base"] == ["keydiff", "each"] and len(saved["rows"]) == 5 * (1 + 2 * 3)
     assert (out / "eval.png").stat().st_size > 10_000 and "| recency |" in (out / "eval.md").read_text()
     with pytest.raises(models.Unavailable, match="holds another evaluation"):
         run(2, keeps=(0.25,))

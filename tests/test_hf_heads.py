@@ -361,19 +361,6 @@ def test_layers_of_unequal_length_choose_together():
     pair.check_holdings()
 
 
-@torch.no_grad()
-def test_policies_that_read_positions_wait_for_a_prompt_in_chunks(ours):  # noqa: F811
-    """In pages the positions are not known, though all tokens are there."""
-    for keep in (Uniform(1.0), Fixed(unequal(ours), 1.0)):
-        cache = EvictingCache(ours, KeyDiff(rotary=[0.5] * 8), keep=keep)
-        for chunk in prompt(100).split(50, dim=1):
-            ours(chunk, past_key_values=cache)
-        if keep == Uniform(1.0):
-            cache.evict(Fixed(unequal(ours), 0.5))
-        with pytest.raises(ValueError, match=r"reads positions, .* expected .* keep=Uniform\(1\.0\)"):
-            cache.evict(0.5)
-
-
 def test_tokens_since_the_cut_can_be_cropped():
     model = tiny()
     pair = Pair(model, KeyDiff(sink=2, recent=4), keep=Fixed(unequal(model), 0.5))

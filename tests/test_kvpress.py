@@ -13,10 +13,20 @@ from test_hf import prompt, tiny
 from transformers import DynamicCache
 
 import kvevict
+from bench.kvpress_press import PolicyPress
 from kvevict import models
 from kvevict.hf.rotary import inv_freq
 from kvevict.hf.weights import output_weights
-from kvevict.policies import ExpectedAttention, Observed, SnapKV
+from kvevict.policies import (
+    LRU,
+    RECOMMENDED,
+    AttentionMass,
+    ExpectedAttention,
+    KeyDiff,
+    LearnedKV,
+    Observed,
+    SnapKV,
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +76,45 @@ def test_norms_of_critical_kv(layers):
             before = slice(0, 130 - 64)
             torch.testing.assert_close(policy.scores(seen)[..., before], theirs[..., before], rtol=1e-3, atol=1e-6)
             assert not torch.allclose(plain.scores(seen)[..., before], theirs[..., before], rtol=1e-1)
+
+
+def pressed(press, model):
+    cache = DynamicCache()
+    with torch.no_grad(), kvevict.backend("reference"), press(model):
+        model(prompt(130), past_key_values=cache)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9])
+def test_our_keydiff_as_a_press_keeps_what_their_own_does(layers, ratio):
+    model, _ = layers
+    ours = pressed(PolicyPress(ratio, KeyDiff(sink=0, recent=0)), model)
+    theirs = pressed(kvpress.KeyDiffPress(ratio), model)
+    for mine, other in zip(ours, theirs, strict=True):
+        for a, b in zip(mine, other, strict=True):  # theirs by score, ours by position
+            assert a.shape == b.shape
+            torch.testing.assert_close(a.sort(2)[0], b.sort(2)[0])
+
+
+@pytest.mark.parametrize("policy", [RECOMMENDED, AttentionMass(), SnapKV(), ExpectedAttention()])
+def test_a_press_shows_a_policy_what_our_own_capture_does(layers, policy):
+    """The first layer's input is whole for both, as is what later ones read: layers are cut after they attended."""
+    model, found = layers
+    press = PolicyPress(0.75, policy)
+    for i, (layer, (_, hidden, keys, values, queries)) in enumerate(zip(pressed(press, model), found, strict=True)):
+        with kvevict.backend("reference"):
+            seen = Observed(keys=keys, values=values, queries=queries, hidden=hidden, layer=i)
+            kept = press.policy.select(seen, 32)
+        for mine, whole in zip(layer, (keys, values), strict=True):
+            expected = whole.gather(2, kept[..., None].expand(-1, -1, -1, whole.shape[3]))
+            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_press_refuses_what_it_cannot_serve():
+    with pytest.raises(ValueError, match="policy reads last_used"):
+        PolicyPress(0.5, LRU())
+    with pytest.raises(ValueError, match="heads 'adaptive'"):
+        PolicyPress(0.5, KeyDiff(heads="adaptive"))
+    scorer = LearnedKV(weights=torch.zeros(2, 2, 20), inv_freq=torch.ones(4))
+    with pytest.raises(ValueError, match="heads='shared'"):
+        PolicyPress(0.5, scorer)

@@ -275,6 +275,18 @@ def test_opcheck():
             ),
         ),
         (
+            ops.attention_peaks.default,
+            (
+                queries,
+                keys,
+                torch.zeros(2, 4, 5, device=DEVICE),
+                0.25,
+                5,
+                lengths,
+                torch.zeros(2, 2, 20, device=DEVICE),
+            ),
+        ),
+        (
             ops.quadratic_scores.default,
             (
                 keys,

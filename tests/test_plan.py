@@ -190,22 +190,37 @@ def test_evicting_pays_after_as_many_steps_as_it_costs():
     assert plan.workspace == 8 * (4 * S + 8 * n)
 
 
+def test_what_is_quoted_of_budgets_is_what_a_cache_serves():
+    """Of all tasks together, with the budgets that a policy's scores allow, as a share of the whole cache's answers."""
+    pytest.importorskip("transformers")
+    from bench import publish
+
+    cells = [("all", "whole", "whole", 0.5), ("all", "keydiff", "head shares", 0.4), ("fact", "keydiff", "each", 1.0),
+             ("fact", "keydiff", "head shares", 1.0), ("all", "keydiff", "model-wide", 1.0),
+             ("all", "kvzip", "model-wide", 1.0), ("all", "learned", "model-wide", 0.25)]  # fmt: skip
+    results = [dict(task=t, policy=p, column=c, keep=0.1, hits=hits, questions=20) for t, p, c, hits in cells]
+    found = publish.of_budgets(results, "a model", 500, "seen")
+    about = dict(model="a model", tokens=500, mode="seen", keep=0.1, samples=20)
+    assert found == [
+        dict(about, policy="KeyDiff", budget="head shares", kept=0.8),
+        dict(about, policy="learned", budget="model-wide", kept=0.5),
+    ]
+
+
 def test_recommendations_are_what_was_measured():
     root = pathlib.Path(__file__).parent.parent
     quoted = json.loads((root / "kvevict/data/quality.json").read_text())["rows"]
     pytest.importorskip("transformers")
-    from bench.quality import published
+    from bench import publish
 
-    derived = []
-    for tokens in sorted({row["tokens"] for row in quoted}):
-        rows = json.loads((root / f"bench/results/cpu/quality-{tokens}.json").read_text())["rows"]
-        derived += published(rows, quoted[0]["model"], tokens)
-    assert quoted == derived
+    assert quoted == publish.rows(root / "bench/results/cpu")
     for use in planner.USES:
         advice = planner.recommend(use, 2048)
-        assert advice.policy in ("RECOMMENDED", "KeyDiff") and advice.keep in (0.8, 0.5, 0.25, 0.1)
+        assert advice.policy in ("RECOMMENDED", "KeyDiff", "learned") and advice.keep in (0.8, 0.5, 0.25, 0.1)
+        assert advice.budget in planner.BUDGETS and advice.expected >= planner.USES[use][0]
         assert "SmolLM2-135M" in advice.measured and "samples" in advice.measured
-    assert planner.recommend("question answering", 1000).keep < planner.recommend("research", 1000).keep
+    seen, unseen = planner.recommend("question answering", 1000), planner.recommend("research", 1000)
+    assert (seen.budget, unseen.budget) == ("equal", "head shares")  # unequal heads earn what an unseen question costs
 
 
 @pytest.mark.parametrize(

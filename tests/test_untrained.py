@@ -233,7 +233,7 @@ class TestCache:
         for name, what in [("expected-attention", "rotary"), ("defensivekv", "output")]:
             with pytest.raises(ValueError, match=f"model is its config: expected the model itself, whose {what}"):
                 EvictingCache(model.config, name, keep=0.5)
-        with pytest.raises(ValueError, match="ExpectedAttention, which reads positions: expected keep="):
+        with pytest.raises(ValueError, match="ExpectedAttention, which reads all queries of a prompt: expected keep="):
             EvictingCache(model, "expected-attention", budget=50)
         with pytest.raises(ValueError, match="DefensiveKV, which reads W_O of all heads of a layer at once"):
             EvictingCache(model, "defensivekv", budget=50)

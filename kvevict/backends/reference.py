@@ -16,6 +16,7 @@ __all__ = [
     "anchor_sums",
     "attention_lse",
     "attention_mass",
+    "attention_peaks",
     "check_rows",
     "copy_rows",
     "decode_attention",
@@ -322,6 +323,22 @@ def attention_mass(
     elif count:
         out.div_(seen_by)
     out.masked_fill_(~_inside(S, lengths, keys.device), float("-inf"))
+
+
+def attention_peaks(
+    queries: Tensor, keys: Tensor, lse: Tensor, scale: float, pool: int, lengths: Tensor | None, out: Tensor
+) -> None:
+    """Of the tokens before the queries' own: every row of weights exp(logit - lse), averaged over `pool` neighbours
+    (none beyond the edges: 0) and scaled back to its sum; the largest of the queries and the group. -inf elsewhere."""
+    W, G = queries.shape[2], queries.shape[1] // keys.shape[1]
+    out.fill_(float("-inf"))
+    for b, h, run, logits in _visible_logits(queries, keys, scale, True, lengths):
+        n = logits.shape[-1] - W
+        if n > 0:
+            weights = (logits[..., :n] - lse[b, h * G : h * G + G, run, None]).exp()
+            pooled = F.avg_pool1d(weights, pool, stride=1, padding=pool // 2)
+            rescale = weights.sum(-1, keepdim=True) / pooled.sum(-1, keepdim=True).clamp(min=1e-30)
+            out[b, h, :n] = torch.maximum(out[b, h, :n], (pooled * rescale).amax((0, 1)))
 
 
 def decode_attention(

@@ -10,6 +10,7 @@ from kvevict.kernels.score_keydiff import anchor_sums, keydiff_scores
 from kvevict.kernels.score_kv import kv_scores
 from kvevict.kernels.score_mlp import mlp_scores
 from kvevict.kernels.score_norm import key_norm_scores
+from kvevict.kernels.score_peaks import attention_peaks
 from kvevict.kernels.score_products import projected_norms, quadratic_scores
 from kvevict.kernels.select_topk import evict_slots, topk_adaptive, topk_indices
 
@@ -17,6 +18,7 @@ __all__ = [
     "anchor_sums",
     "attention_lse",
     "attention_mass",
+    "attention_peaks",
     "check_rows",
     "copy_rows",
     "decode_attention",

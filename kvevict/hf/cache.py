@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvevict import validate
-from kvevict.hf import masks, parallel, saved, shares
+from kvevict.hf import masks, parallel, reconstruct, saved, shares
 from kvevict.hf.attention import NAME, SET_UP, set_up
 from kvevict.hf.choice import Choice, choose_together
 from kvevict.hf.layer import EvictingLayer, Eviction, new_tokens
@@ -30,15 +30,17 @@ from kvevict.policies import (
     Budget,
     Hybrid,
     KeyDiff,
+    KVzip,
     Learned,
     LearnedKV,
     ModelWide,
     Policy,
     Uniform,
 )
+from kvevict.policies.base import ALL_QUERIES
 
 logger = logging.getLogger("kvevict")
-POLICIES: dict[str, Policy] = {"recommended": RECOMMENDED} | NAMED | OF_MODEL
+POLICIES: dict[str, Policy] = {"recommended": RECOMMENDED} | NAMED | OF_MODEL | {"kvzip": KVzip()}
 LEARNED = "learned"  # the scorer that the package carries for the model
 
 
@@ -149,10 +151,15 @@ class EvictingCache(Cache):
         if budget is not None and not isinstance(budget, Budget):
             validate.integer("budget", budget, 1)
         share = _as_budget(keep if budget is None else budget, policy)
-        if budget is not None and policy.reads_positions:
+        if budget is not None and policy.window >= ALL_QUERIES:
             raise ValueError(
-                f"budget is {budget}, with {type(policy).__name__}, which reads positions: expected keep=, because "
-                "they are not followed through a second eviction"
+                f"budget is {budget}, with {type(policy).__name__}, which reads all queries of a prompt: expected "
+                "keep=, because they would be held for ever"
+            )
+        if budget is not None and "repeated" in policy.needs:
+            raise ValueError(
+                f"budget is {budget}, with {type(policy).__name__}, which reads the text again for each eviction: "
+                "expected keep="
             )
         if budget is not None and (not isinstance(share.keep, int) or share.keep <= pin):
             raise ValueError(f"budget is {share.keep}: expected an int number of tokens, more than pin, {pin}")
@@ -163,10 +170,10 @@ class EvictingCache(Cache):
             and not isinstance(policy, Learned)
         ):
             raise ValueError("heads is 'each': expected 'shared', for one hidden state is held of a token that is kept")
-        if static and (budget is None or policy.needs or interval < 1):
+        if static and (budget is None or policy.needs or policy.reads_positions or interval < 1):
             raise ValueError(
                 f"static is True with budget {budget}, interval {interval} and {type(policy).__name__}: expected a "
-                "budget, an interval of at least 1, and a policy that reads keys alone"
+                "budget, an interval of at least 1, and a policy that reads keys alone, without their positions"
             )
         self._static, self._unsettled, self._interval = static, 0, interval
         self.on_evict = on_evict
@@ -378,6 +385,26 @@ class EvictingCache(Cache):
         self._unequal |= unequal
         self._apply(layers, choices)
 
+    def reconstruct(
+        self, model: Any, input_ids: Tensor, *, prompt_ids: Tensor | None = None, chunk: int = 2048
+    ) -> None:
+        """Let the model repeat its text, and note how much attention each cached token draws, for `KVzip`
+        (arXiv 2505.23416). What is read for that does not stay in the cache. With keep=, the cache is then cut.
+
+        Args:
+            model: the model that has read the text with this cache; its attention is "kvevict" meanwhile.
+            input_ids: [B, S] int64: the text that the cache holds, all of it.
+            prompt_ids: [P] int64, what asks for the repetition: the tokens of `kvevict.hf.reconstruct.PROMPT`, in the
+                words that the model knows. None: the text follows on itself.
+            chunk: the text is repeated in pieces of so many tokens, each with some before it, and after the prompt.
+
+        Raises:
+            TypeError, ValueError: the policy reads no repetition; the cache does not hold these tokens, or no more; as
+                `kvevict.hf.reconstruct.repeat_scores`. The cache is as it was.
+        """
+        reconstruct.note(self._evicting(), self, self._policy, model, input_ids, prompt_ids, chunk)
+        self.settle()
+
     def _evict_together(self) -> None:
         """A choice over all layers is made when the last of them has done its attention."""
         layers = self._evicting()
@@ -387,7 +414,7 @@ class EvictingCache(Cache):
             due = sum(layer.excess() for layer in layers) > 0
         else:
             due = not layers[0].compressed
-        if due and not any("queries" in layer.notes.missing() for layer in layers):
+        if due and not any(layer.waits_for("queries", "repetition") for layer in layers):
             self._apply(layers, choose_together(layers, self._policy, self._budget.keep))
 
     def _apply(self, layers: list[EvictingLayer], choices: list[Choice]) -> None:

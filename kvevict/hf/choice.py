@@ -97,13 +97,10 @@ def scored(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor | None]
         ValueError: what the policy reads was not noted.
     """
     name = type(policy).__name__
-    if not layer.watching and policy.needs - {"values"}:
+    if not layer.watching and policy.needs - {"values", "repeated"}:
         raise ValueError(f"the prompt has been cut, and nothing was noted for {name} since")
-    if policy.reads_positions and (layer.evicted or layer.pages is not None):
-        raise ValueError(
-            f"{name} reads positions, which are not followed through an eviction or into pages: expected a cache that "
-            "has kept all of its tokens until now, as with keep=Uniform(1.0)"
-        )
+    if "repeated" in policy.needs:
+        _check_repeated(layer, name)
     for missing in layer.notes.missing():
         raise ValueError(f"{name} needs {missing}, and nothing was noted since tokens were cropped: run a forward")
     if layer.pages is not None:
@@ -112,6 +109,10 @@ def scored(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor | None]
         "values": layer.values.detach(),
         "layer": layer.index,
     }
+    if policy.reads_positions and layer.notes.tracker is None:  # which notes positions of its own
+        placed = layer.positions()
+        if placed is not None:
+            known |= {"positions": placed[0], "tokens_seen": placed[1]}
     lengths = None if layer.lengths is None else layer.lengths.clamp(min=1)  # a chunk may have been all padding
     keys, tracker = layer.keys.detach(), layer.notes.tracker
     if tracker is None:
@@ -121,6 +122,17 @@ def scored(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor | None]
     return policy.scores(seen), seen.lengths
 
 
+def _check_repeated(layer: EvictingLayer, name: str) -> None:
+    repeated = layer.notes.repeated
+    if repeated is None:
+        raise ValueError(f"{name} needs cache.reconstruct(model, input_ids) of what the cache holds")
+    tokens = layer.cached() + (0 if layer.pages is None else layer.pages.longest)
+    if repeated.shape[2] != tokens:
+        raise ValueError(
+            f"{name} has no scores of the tokens that came after cache.reconstruct: expected an evict right after it"
+        )
+
+
 def _scored_by_row(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor]:
     """`scored`, where heads hold unequal numbers: each is shown to the policy as a request of one KV head, whose last
     queries are as many as its tokens."""
@@ -128,8 +140,12 @@ def _scored_by_row(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor
     assert lengths is not None
     B, H = lengths.shape
     of_rows = lengths.flatten().clamp(min=1)
+    known = layer.notes.observed(of_rows, heads=H)
+    placed = layer.positions() if policy.reads_positions else None
+    if placed is not None:
+        known |= {"positions": placed[0].flatten(0, 1)[:, None], "tokens_seen": placed[1].repeat_interleave(H)}
     seen = Observed(
         keys=keys.flatten(0, 1)[:, None], values=values.flatten(0, 1)[:, None], lengths=of_rows, layer=layer.index,
-        **layer.notes.observed(of_rows, heads=H),
+        **known,
     )  # fmt: skip
     return policy.scores(seen).view(B, H, -1), lengths

@@ -22,6 +22,7 @@ from kvevict.hf.attention import NAME, hand_over, sdpa
 from kvevict.hf.choice import Choice, choose
 from kvevict.hf.notes import Notes, thawed
 from kvevict.hf.pages import Pages
+from kvevict.hf.places import Places
 from kvevict.hf.shares import Keep
 from kvevict.policies import Policy
 
@@ -109,10 +110,13 @@ class EvictingLayer(DynamicLayer):
         self._thaw()
         self.settle()
         new = key_states.shape[2]
+        if new == 1 and self.waits_for("repetition"):
+            raise ValueError(f"{type(self.policy).__name__} needs cache.reconstruct(model, input_ids) before decoding")
         if self.notes.wants_hidden and self.watching:
             self._hidden_enters(new)
         self.tokens_seen += new
         self.tail = self.tail + new
+        self.notes.advance(new)
         self.keys = self._append(self.keys, key_states)
         self.values = self._append(self.values, value_states)
         if self.lengths is not None:
@@ -368,6 +372,7 @@ class EvictingLayer(DynamicLayer):
         else:
             self._shorten(new)
             self.notes.crop_hidden(new)
+            self.notes.advance(-new)
 
     def _check_seen(self, module: Any, as_cached: bool, sinks: bool) -> None:
         """What the policy reads of attention must be there to be noted."""
@@ -440,6 +445,7 @@ class EvictingLayer(DynamicLayer):
         self.keys, self.values = ops.compact(self.keys.detach(), self.values.detach(), indices, inplace=False)[:2]
         self.notes.follow(indices)
         new_count = is_token.sum(-1)
+        self.notes.advance(new_count - is_token.shape[1])
         self.tail = torch.as_tensor(self.tail, device=new_count.device) - is_token.shape[1] + new_count
         order = masks.tokens_first(is_token)
         return query.gather(2, order[:, None, :, None].expand_as(query))
@@ -450,6 +456,11 @@ class EvictingLayer(DynamicLayer):
     def watching(self) -> bool:
         """Whether there will be another eviction, for which queries and attention are noted."""
         return self.keep is None or not self.compressed
+
+    def waits_for(self, *noted: str) -> bool:
+        """Whether there are tokens, and what the next eviction reads is still to come: queries, where all were cropped;
+        the repetition of the text."""
+        return self.cached() > 0 and self.watching and any(name in noted for name in self.notes.missing())
 
     def excess(self) -> int:
         """With a budget: tokens of all heads beyond it and the interval."""
@@ -476,7 +487,7 @@ class EvictingLayer(DynamicLayer):
         self._unread = False
         if self._together is not None:
             self._together()
-        elif self._due() and "queries" not in self.notes.missing():  # where all were cropped, the next brings some
+        elif self._due() and not self.waits_for("queries", "repetition"):
             self.evict(self._target())
 
     def _was_not_asked(self) -> None:
@@ -507,12 +518,47 @@ class EvictingLayer(DynamicLayer):
         if tracker is not None:
             drawn = tracker.mass.gather(2, choice.indices.clamp(min=0)).masked_fill(choice.indices < 0, 0.0)
             retained = drawn.sum() / tracker.mass.sum()
+        places, held = self._places(), (self.tokens_of_heads(), self._slots())
         indices = self._into_pages(choice) if choice.of_heads else self._compact(choice)
+        if places is not None:
+            self.notes.places = places.after(indices, *held)
         self.evicted += before - self.kept()
         self.compressed = True
         if not self.watching:
-            self.notes = Notes(self.policy)
+            before_it, self.notes = self.notes, Notes(self.policy)
+            self.notes.repeated, self.notes.places = before_it.repeated, before_it.places  # for a later `evict`
         self._on_evict(Eviction(self.index, before, self.kept(), indices, retained))
+
+    def _slots(self) -> int:
+        """Of `whole`."""
+        return self.cached() + (0 if self.pages is None else self.pages.longest)
+
+    def _places(self) -> Places | None:
+        """Where the tokens were, for a policy that reads it. None: they are not known, or not read.
+
+        They are known as long as nothing was evicted while they were not read.
+        """
+        if not self.notes.wants_positions:
+            return None
+        if self.notes.places is None and not self.evicted and self.pages is None:
+            return Places.whole(self.tokens_of_heads())
+        return self.notes.places
+
+    def positions(self) -> tuple[Tensor, Tensor] | None:
+        """[B, H, slots] int64, of what `whole` gives, and [B], the tokens seen, for a policy that reads positions;
+        None: they are the slots.
+
+        Raises:
+            ValueError: tokens were evicted, and where the others had been was not noted.
+        """
+        if self.notes.places is not None:
+            return self.notes.places.of(self.tokens_of_heads(), self._slots()), self.notes.places.seen
+        if self.evicted or self.pages is not None:
+            raise ValueError(
+                f"{type(self.policy).__name__} reads positions, and tokens were evicted before these were noted: "
+                "expected a cache that was made with this policy"
+            )
+        return None
 
     def _compact(self, choice: Choice) -> Tensor:
         before, tracker = self.cached(), self.notes.tracker
@@ -533,7 +579,9 @@ class EvictingLayer(DynamicLayer):
         self.pages = pages.pack(keys, values, choice.indices)
         self.keys, self.values = (x.new_empty((*x.shape[:2], 0, x.shape[3])) for x in (keys, values))
         self.lengths, self.tail = None, 0
-        return choice.indices[:, :, : self.pages.longest]
+        indices = choice.indices[:, :, : self.pages.longest]
+        self.notes.follow(indices)
+        return indices
 
     def _tail_after(self, choice: Choice, before: int) -> int | Tensor:
         """Where tokens were given up, no more than the protected recent ones are known to have stayed."""

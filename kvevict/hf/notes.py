@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvevict.hf.places import Places
 from kvevict.policies import Policy, Tracker
 
 TRACKED = {"mass", "last_used"}
@@ -19,6 +20,8 @@ class Notes:
     tracker: where the policy reads mass or last use.
     queries: [B, Hq, W, D]: each request's last ones, at the end; before them, in a request that has fewer, padding.
     hidden: [B, 1, n, M]: what entered the layer's attention, a row for each cached token.
+    repeated: [B, H, n] float32: the most attention that the text's repetition gave each cached token.
+    places: positions of the cached tokens, where the policy reads them; None: their slots, nothing has been evicted.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -29,6 +32,10 @@ class Notes:
         self.tracker: Tracker | None = None
         self.queries: Tensor | None = None
         self.hidden: Tensor | None = None
+        self.wants_repeated = "repeated" in policy.needs
+        self.repeated: Tensor | None = None
+        self.wants_positions = policy.reads_positions
+        self.places: Places | None = None
 
     def new_tracker(self, B: int, H: int, capacity: int, device: torch.device) -> Tracker:
         return Tracker(B, H, capacity, device, reduce=self.reduce, min_distance=self.min_distance)
@@ -38,7 +45,8 @@ class Notes:
         queries = self.queries is not None and self.queries.shape[2] > 0  # all may have been cropped
         there = dict(attention=self.tracker is not None, queries=queries, hidden=self.hidden is not None)
         wanted = dict(attention=self.tracked, queries=self.window > 0, hidden=self.wants_hidden)
-        return [name for name, is_wanted in wanted.items() if is_wanted and not there[name]]
+        missing = [name for name, is_wanted in wanted.items() if is_wanted and not there[name]]
+        return missing + ["repetition"] * (self.wants_repeated and self.repeated is None)
 
     def note_queries(self, query: Tensor, is_token: Tensor | None) -> None:
         """The queries [B, Hq, T, D] of new slots, of which is_token [B, T] hold a token (None: all)."""
@@ -69,6 +77,8 @@ class Notes:
         seen: dict[str, Any] = {}
         if self.hidden is not None:
             seen["hidden"] = self.hidden[:, 0]
+        if self.repeated is not None:
+            seen["repeated"] = self.repeated if heads is None else self.repeated.flatten(0, 1)[:, None]
         if self.queries is not None and self.queries.shape[2]:
             queries = self.queries[:, :, -self.window :]
             if heads is not None:
@@ -82,8 +92,10 @@ class Notes:
         return seen
 
     def follow(self, indices: Tensor) -> None:
-        """Hidden states go where keys have gone. A policy that reads them chooses the same tokens for every head, so
-        one row of them will do."""
+        """Hidden states, and what the repetition drew, go where keys have gone. A policy that reads hidden states
+        chooses the same tokens for every head, so one row of them will do."""
+        if self.repeated is not None:
+            self.repeated = self.repeated.gather(2, indices.clamp(min=0)).masked_fill(indices < 0, float("-inf"))
         if self.hidden is not None:
             slots = indices[:, :1, :, None].clamp(min=0)
             self.hidden = self.hidden.gather(2, slots.expand(-1, -1, -1, self.hidden.shape[3]))
@@ -93,7 +105,13 @@ class Notes:
         if self.tracker is not None:
             self.tracker.drop_last(count)
         self.queries = None if self.queries is None else self.queries[:, :, : max(self.queries.shape[2] - count, 0)]
+        self.repeated = None if self.repeated is None else self.repeated[:, :, :-count]
+        self.advance(-count)
         self.crop_hidden(count)
+
+    def advance(self, count: int | Tensor) -> None:
+        """So many more tokens of each request."""
+        self.places = None if self.places is None else self.places.advanced(count)
 
     def crop_hidden(self, count: int) -> None:
         self.hidden = None if self.hidden is None else self.hidden[:, :, :-count]
@@ -104,10 +122,14 @@ class Notes:
             self.tracker.select_requests(requests)
         self.queries = None if self.queries is None else self.queries.index_select(0, requests)
         self.hidden = None if self.hidden is None else self.hidden.index_select(0, requests)
+        self.repeated = None if self.repeated is None else self.repeated.index_select(0, requests)
+        self.places = None if self.places is None else self.places.select_requests(requests)
 
     def thaw(self) -> None:
         """Tensors that were made in inference mode cannot be written outside of it: become copies that can."""
-        self.queries, self.hidden = thawed(self.queries), thawed(self.hidden)
+        self.queries, self.hidden, self.repeated = (thawed(x) for x in (self.queries, self.hidden, self.repeated))
+        if self.places is not None:
+            self.places = Places(*(thawed(x) for x in (self.places.kept, self.places.counts, self.places.seen)))
         if self.tracker is not None:
             for name, value in vars(self.tracker).items():
                 if isinstance(value, Tensor):

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from kvevict.hf import pages
 from kvevict.hf.layer import EvictingLayer
+from kvevict.hf.places import Places
 
 FILE = "cache.safetensors"
 FORMAT = 3
+PLACES = ("kept", "counts", "seen")
 TRACKED = ("mass", "last_used", "positions")  # of a Tracker, [B, H, n]
 # What makes a cache fit a model.
 FACTS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -52,6 +54,8 @@ def save(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path) -> 
             held |= {"tracker.lengths": tracker.lengths, "tracker.tokens_seen": tracker.tokens_seen}
         if layer.pages is not None:
             held |= _packed(layer.pages)
+        if notes.places is not None:
+            held |= {f"places.{name}": getattr(notes.places, name) for name in PLACES}
         # Copies: safetensors takes no two tensors of one memory.
         tensors |= {f"{i}.{name}": x.detach().clone().contiguous() for name, x in held.items() if x is not None}
         states.append(
@@ -205,6 +209,7 @@ def _check(own: dict[str, Tensor], state: dict[str, Any], batch: int) -> None:
     if ("mass" in own) != (state["step"] is not None):
         raise ValueError("has mass without step or step without mass: expected both of a policy that tracks attention")
     _check_packed(own, B, H)
+    _check_places(own, B, H)
     row = own.get("row")
     if row is not None and (row.ndim != 2 or row.shape[0] not in (1, B) or row.dtype != torch.bool):
         raise ValueError(f"has row of shape {tuple(row.shape)} and {row.dtype}: expected [{B}, slots] and torch.bool")
@@ -213,6 +218,21 @@ def _check(own: dict[str, Tensor], state: dict[str, Any], batch: int) -> None:
         raise ValueError(f"has hidden of shape {tuple(hidden.shape)}: expected [{B}, 1, {n}, ...]")
     if queries is not None and (queries.ndim != 4 or queries.shape[0] != B or queries.shape[3] != keys.shape[3]):
         raise ValueError(f"has queries of shape {tuple(queries.shape)}: expected [{B}, heads, ..., {keys.shape[3]}]")
+
+
+def _check_places(own: dict[str, Tensor], B: int, H: int) -> None:
+    there = {name: own.get(f"places.{name}") for name in PLACES}
+    kept, counts, seen = there.values()
+    if kept is None and counts is None and seen is None:
+        return
+    if kept is None or counts is None or seen is None or any(x.dtype != torch.int64 for x in (kept, counts, seen)):
+        raise ValueError(f"has places {[name for name, x in there.items() if x is not None]}: expected {PLACES}, int64")
+    n = kept.shape[-1]
+    if kept.shape != (B, H, n) or counts.shape != (B, H) or seen.shape != (B,) or int(counts.max()) > n:
+        raise ValueError(
+            f"has places of shapes {[tuple(x.shape) for x in (kept, counts, seen)]}: expected "
+            f"{[(B, H, n), (B, H), (B,)]}, and counts up to {n}"
+        )
 
 
 def _check_packed(own: dict[str, Tensor], B: int, H: int) -> None:
@@ -240,6 +260,8 @@ def _fill(layer: EvictingLayer, own: dict[str, Tensor], state: dict[str, Any]) -
     layer.tail = own["tail"] if state["tail"] is None else state["tail"]
     notes = layer.notes
     notes.queries, notes.hidden = own.get("queries"), own.get("hidden")
+    if "places.kept" in own and notes.wants_positions:
+        notes.places = Places(*(own[f"places.{name}"] for name in PLACES))
     if "mass" in own:
         B, H, n = keys.shape[:3]
         tracker = notes.tracker = notes.new_tracker(B, H, n, keys.device)
@@ -253,6 +275,7 @@ def _fill(layer: EvictingLayer, own: dict[str, Tensor], state: dict[str, Any]) -
             "has heads of unequal length, and policy has heads 'shared': expected 'each' or 'adaptive', for budget= is "
             "to cut them again"
         )
-    if layer.watching and notes.missing():
-        missing, name = notes.missing()[0], type(layer.policy).__name__
+    missed = [name for name in notes.missing() if name != "repetition"]  # which can still be noted
+    if layer.watching and missed:
+        missing, name = missed[0], type(layer.policy).__name__
         raise ValueError(f"was saved without {missing}, which {name} reads: expected a cache of that policy")

@@ -9,6 +9,7 @@ from kvevict.policies.budgets import Budget, Fixed, LayerWide, ModelWide, Pyrami
 from kvevict.policies.defensive import DefensiveKV
 from kvevict.policies.expected import ExpectedAttention
 from kvevict.policies.keys import KeyDiff, KeyNorm
+from kvevict.policies.kvzip import KVzip
 from kvevict.policies.learned import Learned
 from kvevict.policies.learned_kv import LearnedKV
 from kvevict.policies.mixture import Hybrid
@@ -58,6 +59,7 @@ __all__ = [
     "ExpectedAttention",
     "Fixed",
     "Hybrid",
+    "KVzip",
     "KeyDiff",
     "KeyNorm",
     "LayerWide",

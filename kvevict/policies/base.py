@@ -12,6 +12,7 @@ from kvevict import ops, validate
 from kvevict.policies.observed import Observed
 from kvevict.policies.tracker import Tracker
 
+ALL_QUERIES = 2**31 - 1  # as a `window`: those of the whole prompt
 OVER = ("row", "layer", "model")  # what scores compare over, each within the next
 
 

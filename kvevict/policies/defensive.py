@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
 
 from kvevict import ops
 from kvevict.policies.observed import Observed
@@ -47,7 +46,7 @@ class DefensiveKV(WeighsValues):
         before = ~windowed(seen, queries).expand(keys.shape[:3])
         lse = ops.attention_lse(queries, keys, lengths=seen.lengths)
         mean = ops.attention_mass(queries, keys, lse=lse, lengths=seen.lengths).masked_fill(~before, 0.0)
-        most = self._peaks(queries, keys, lse, before)
+        most = ops.attention_peaks(queries, keys, POOL, lse=lse, lengths=seen.lengths).masked_fill(~before, 0.0)
         scores = torch.maximum(most, most.sum(-1, keepdim=True) / before.sum(-1, keepdim=True).clamp(min=1))
         if self.value_norms is not None:
             norms = self.norms(seen).masked_fill(~before, 0.0)
@@ -55,22 +54,6 @@ class DefensiveKV(WeighsValues):
         # At most 1 so far: what goes first has more, in the order of its mean attention.
         scores = torch.where(self._first(mean), 1.0 + mean, scores)
         return scores.masked_fill(~before, float("-inf"))
-
-    def _peaks(self, queries: Tensor, keys: Tensor, lse: Tensor, before: Tensor) -> Tensor:
-        """[B, H, S]: the most of any row of the group's attention, pooled. A KV head at a time: its rows of weights are
-        32 · G numbers a token, those of all heads would be as many times its keys as there are heads."""
-        H, D = keys.shape[1], keys.shape[3]
-        most = torch.zeros(before.shape, device=keys.device)
-        lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # padding draws nothing
-        for h, (rows, sums) in enumerate(zip(queries.chunk(H, 1), lse.chunk(H, 1), strict=True)):
-            there = before[:, None, None, h]
-            logits = rows.float() @ keys[:, None, h].float().mT * D**-0.5  # [B, G, W, S]
-            weights = (logits - sums[..., None]).exp().masked_fill(~there, 0.0)
-            pooled = avg_pool1d(weights.flatten(0, 2)[:, None], POOL, stride=1, padding=POOL // 2)
-            pooled = pooled.view(weights.shape).masked_fill(~there, 0.0)
-            rescale = weights.sum(-1, keepdim=True) / pooled.sum(-1, keepdim=True).clamp(min=1e-30)
-            most[:, h] = (pooled * rescale).amax((1, 2))
-        return most
 
     @staticmethod
     def _first(mean: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvevict import ops, validate
+from kvevict.policies.base import ALL_QUERIES
 from kvevict.policies.observed import Observed
 from kvevict.policies.rotary import before_rope, turned
 from kvevict.policies.weighing import WeighsValues
@@ -49,7 +50,7 @@ class ExpectedAttention(WeighsValues):
 
     @property
     def window(self) -> int:
-        return 2**31 - 1
+        return ALL_QUERIES
 
     @property
     def reads_positions(self) -> bool:

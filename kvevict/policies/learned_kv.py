@@ -62,8 +62,11 @@ class LearnedKV(Policy):
         if not 0 <= seen.layer < len(self.weights):
             raise ValueError(f"layer is {seen.layer}: expected 0 to {len(self.weights) - 1}, the layers fitted")
         device = seen.keys.device
+        weights = self.weights[seen.layer].to(device)
+        if seen.keys.shape[1] == 1 and len(weights) > 1:  # each head is a request of its own: theirs in turn
+            weights = weights.repeat(len(seen.keys) // len(weights), 1)[:, None]
         fitted, keydiff = ops.kv_scores(
-            seen.keys, seen.values, self.weights[seen.layer].to(device), inv_freq=self.inv_freq.to(device),
+            seen.keys, seen.values, weights, inv_freq=self.inv_freq.to(device),
             positions=seen.positions, lengths=seen.lengths, return_keydiff=True,
         )  # fmt: skip
         return mixed(fitted, keydiff) if self.mix else fitted

@@ -23,6 +23,7 @@ class Observed:
     lse: Tensor | None = None  # [B, Hq, W] float32 of those queries, where attention has left it
     mass: Tensor | None = None  # [B, H, S] float32: attention that each token drew so far, mean over the group
     last_used: Tensor | None = None  # [B, H, S] int32: step at which it was last used, negative for never
+    repeated: Tensor | None = None  # [B, H, S] float32: the most attention that the text's repetition drew, as KVzip's
     hidden: Tensor | None = None  # [B, S, M]: the hidden states that entered the layer's attention
     positions: Tensor | None = None  # [B, H, S] int64: position in the sequence; None: 0 to S - 1
     tokens_seen: Tensor | None = None  # [B] int64: length of the sequence so far; None: S

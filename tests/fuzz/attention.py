@@ -135,6 +135,31 @@ def attention_mass(draw: Draw) -> Case:
     return Case(arguments, check, sizes=dict(S=S))
 
 
+def attention_peaks(draw: Draw) -> Case:
+    keys, queries, lengths, scale = draw_attention(draw, 2000)
+    (B, H, S, D), (_, HQ, W, _) = keys.shape, queries.shape
+    pool, factor = draw.choice((1, 3, 5, 31)), D**-0.5 if scale is None else scale
+    own = per_head(lengths, B, H, S)
+    rows = cut(keys.lists(), own)
+
+    def check(result, _) -> None:
+        got, Q = shaped(result, (B, H, S), torch.float32), queries.lists()
+        for b in range(B):
+            for h, length in enumerate(own[b]):
+                n, weights, error = max(length - W, 0), [], 0.0
+                for hq in range(h * HQ // H, (h + 1) * HQ // H):
+                    seen = [rows[b][h][: n + w + 1] for w in range(W)] if n else []
+                    weights.append([oracle.attention_weights(Q[b][hq][w], x, factor) for w, x in enumerate(seen)])
+                    error = max([error, *(logit_error(Q[b][hq][w], x, factor) for w, x in enumerate(seen))])
+                expected = oracle.peaks(weights, n, pool)
+                tolerance = [1e-7 + (1e-5 + 12 * error) * x for x in expected]
+                near_row(got[b][h][:n], expected, tolerance, f"peaks[{b}][{h}]")
+                same(got[b][h][n:], [-INF] * (S - n), f"peaks[{b}][{h}] of the queries' own tokens")
+
+    arguments = dict(queries=queries, keys=keys, pool=pool, scale=scale, lengths=lengths)
+    return Case(arguments, check, sizes=dict(S=S))
+
+
 def check_attended(got, weights, rows, dtype: torch.dtype, error: float, what: str) -> None:
     expected = oracle.weighted_rows(weights, rows)
     sizes = oracle.weighted_rows(weights, [[abs(x) for x in row] for row in rows])

@@ -15,6 +15,7 @@ DENSE = (
     scores.combine_scores,
     attention.attention_lse,
     attention.attention_mass,
+    attention.attention_peaks,
     attention.decode_attention,
     selection.topk_indices,
     selection.evict_slots,

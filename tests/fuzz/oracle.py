@@ -224,6 +224,17 @@ def mass(
     return result
 
 
+def peaks(weights: list[list[Row]], n: int, size: int) -> Row:
+    """Of rows of attention weights[g][w] over the first n tokens: each pooled over `size` neighbours and scaled back to
+    its sum, the largest of each token."""
+    most = [0.0] * n
+    for row in (row[:n] for rows in weights for row in rows):
+        pooled = [math.fsum(row[max(i - size // 2, 0) : i + size // 2 + 1]) / size for i in range(n)]
+        again = math.fsum(row) / max(math.fsum(pooled), 1e-30)
+        most = [max(x, y * again) for x, y in zip(most, pooled, strict=True)]
+    return most
+
+
 def weighted_rows(weights: Row, rows: list[Row]) -> Row:
     return [dot(weights, column) for column in zip(*rows, strict=True)]
 

@@ -41,6 +41,7 @@ TESTS = {
     "kernels/compact_kv.py": tests("compact", "tests/test_compact_kv.py"),
     "kernels/score_keydiff.py": tests("keydiff_scores or paged_scores", "tests/test_score_keydiff.py", BORDERS),
     "kernels/score_kv.py": tests("kv_scores", "tests/test_score_kv.py"),
+    "kernels/score_peaks.py": tests("peaks", "tests/test_score_peaks.py"),
     "kernels/score_products.py": tests("quadratic or projected", "tests/test_score_products.py"),
     "kernels/score_norm.py": tests("key_norm"),
     "kernels/score_mlp.py": tests("mlp_scores"),

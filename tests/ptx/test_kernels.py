@@ -360,3 +360,11 @@ def test_products(dtype, D, S):
     assert_close("quadratic_scores", *arguments, out=[4], error=1e-4 * D**0.5)
     weight = normal(100, 4 * D, dtype=BF16 if dtype.itemsize == 1 else dtype, seed=3)
     assert_close("projected_norms", keys, weight, lengths, unwritten(2, 2, S), out=[3], error=1e-3 * D**0.5)
+
+
+@pytest.mark.parametrize("dtype, D, S", matrix((BF16, FP32, E4M3), (64, 80, 128), (150, 700), quick=[(BF16, 64, 150)]))
+def test_attention_peaks(dtype, D, S):
+    queries, keys = normal(2, 4, 32, D, dtype=dtype), normal(2, 2, S, D, dtype=dtype, seed=1)
+    lengths, scale, lse = torch.tensor([S, S // 2]), D**-0.5, torch.empty(2, 4, 32)
+    reference.attention_lse(queries, keys, scale, True, lengths, lse)
+    assert_close("attention_peaks", queries, keys, lse, scale, 5, lengths, unwritten(2, 2, S), out=[6], error=1e-4)
