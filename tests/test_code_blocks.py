@@ -52,7 +52,8 @@ def test_python(block, smollm2, monkeypatch, tmp_path):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **options: tokenizer)
     inputs = tokenizer("Moses went up to the mount of God. " * 8, return_tensors="pt").to(DEVICE)
     given = dict(
-        model=model, tokenizer=tokenizer, inputs=inputs, prompts=inputs["input_ids"].tolist(), policy=LearnedKV.of_model(model.config),
+        model=model, tokenizer=tokenizer, inputs=inputs, prompts=inputs["input_ids"].tolist(),
+        policy=LearnedKV.of_model(model.config),
         EvictingCache=__import__("kvevict.hf").hf.EvictingCache,
     )  # fmt: skip
     before = model.config._attn_implementation
