@@ -15,7 +15,7 @@ import transformers
 import typer
 
 from kvevict import cli, models
-from kvevict.policies import KeyDiff
+from kvevict.policies import LearnedKV
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md")), REPOSITORY / "CONTRIBUTING.md"]
@@ -52,7 +52,8 @@ def test_python(block, smollm2, monkeypatch, tmp_path):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **options: tokenizer)
     inputs = tokenizer("Moses went up to the mount of God. " * 8, return_tensors="pt").to(DEVICE)
     given = dict(
-        model=model, tokenizer=tokenizer, inputs=inputs, prompts=inputs["input_ids"].tolist(), policy=KeyDiff(),
+        model=model, tokenizer=tokenizer, inputs=inputs, prompts=inputs["input_ids"].tolist(),
+        policy=LearnedKV.of_model(model.config),
         EvictingCache=__import__("kvevict.hf").hf.EvictingCache,
     )  # fmt: skip
     before = model.config._attn_implementation

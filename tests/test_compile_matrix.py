@@ -48,7 +48,9 @@ def check(target, compiled):
         else:
             # A T4 multiplies in float32 from registers: a paged window of one query keeps two of them in memory.
             # A row of 32,768 keys in registers leaves few of them over: on sm_120 six are stored or loaded.
-            few = {("sm_120", "select_row_kernel"): 6}.get((target, name), 2 if target == "sm_75" else 0)
+            # ptxas gives partial_anchor 80 registers there, and it wants 96.
+            few = {("sm_120", "select_row_kernel"): 6, ("sm_120", "partial_anchor_kernel"): 4}
+            few = few.get((target, name), 2 if target == "sm_75" else 0)
             fine = fine and kernel["spills"] <= few
             if name in READS_ROWS | TILES:  # in a pipelined loop, loads go to shared memory
                 fine = fine and kernel["loads_128"] + kernel["copies_128"] > 0
