@@ -149,3 +149,14 @@ def test_follows_requests_and_what_is_taken_back(read):
     cache.reorder_cache(torch.tensor([1, 1]))
     for layer, whole in zip(cache.layers, scores, strict=True):
         assert torch.equal(layer.notes.repeated, whole[[1, 1], :, :-3])
+
+
+@torch.no_grad()
+def test_layers_with_a_state_are_refused():
+    """The repetition would change it."""
+    model = tiny("Lfm2", num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], conv_L_cache=3)
+    context = ids(1, S)
+    cache = EvictingCache(model, KVzip(), keep=0.5)
+    model(context, past_key_values=cache)
+    with pytest.raises(ValueError, match="Lfm2ForCausalLM has layers of the kind .* whose state the repetition would"):
+        cache.reconstruct(model, context)

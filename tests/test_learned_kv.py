@@ -13,7 +13,7 @@ from test_hf import prompt, reference_backend, tiny  # noqa: F401
 from kvevict.hf import EvictingCache
 from kvevict.hf.fit import RIDGE, _Sums, features, fit
 from kvevict.hf.rotary import before_rope, inv_freq
-from kvevict.policies import KeyDiff, LearnedKV, ModelWide, Observed, Uniform, model_wide
+from kvevict.policies import Hybrid, KeyDiff, LearnedKV, ModelWide, Observed, Uniform, model_wide
 from kvevict.policies.learned_kv import mixed
 
 
@@ -110,7 +110,7 @@ def test_files(tmp_path):
     config = tiny().config
     with pytest.raises(ValueError, match="fitted to tiny, config abc"):
         policy.check(config, 2, 2, 64)
-    with pytest.raises(ValueError, match=r"expected \(3, 2, features\)"):
+    with pytest.raises(ValueError, match=r"expected \(3, 2, 36\)"):
         scorer().check(config, 3, 2, 16)
     with pytest.raises(ValueError, match="there is no learned scorer for this llama model.*kvevict train"):
         LearnedKV.of_model(config)
@@ -202,7 +202,7 @@ def test_a_cache_keeps_what_the_scorer_says_over_the_whole_model():
 @torch.no_grad()
 def test_what_is_not_served_is_refused():
     model = tiny(head_dim=16)
-    with pytest.raises(ValueError, match=r"expected \(3, 2, features\)"):
+    with pytest.raises(ValueError, match=r"expected \(3, 2, 36\)"):
         EvictingCache(model, scorer(), keep=0.5)
     with pytest.raises(ValueError, match="there is no learned scorer for this llama model"):
         EvictingCache(model, "learned", keep=0.5)
@@ -239,3 +239,42 @@ def test_the_package_carries_smollm2s():
     policy.check(config, 30, 3, 64)
     cache = EvictingCache(config, "learned", keep=0.1)
     assert isinstance(cache._budget, ModelWide)
+
+
+def _of(kind, **options):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**(sizes | options))
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize(
+    "kind, options, said",
+    [("SmolLM3", {}, "layer 3 of SmolLM3ForCausalLM caches keys that its rotation has not made"),  # no RoPE there
+     ("HunYuanDenseV1", {}, "layer 0 of HunYuanDenseV1ForCausalLM caches keys that its rotation has not made"),  # a norm
+     ("Glm", {}, "layer 0 of GlmForCausalLM turns other pairs")],
+)  # fmt: skip
+def test_a_model_that_turns_keys_otherwise_is_refused(kind, options, said):
+    if not hasattr(transformers, f"{kind}ForCausalLM"):
+        pytest.skip("older versions have it not")
+    with pytest.raises(ValueError, match=said):
+        inv_freq(_of(kind, **options))
+
+
+def test_part_of_a_head_may_be_turned():
+    assert len(inv_freq(_of("Phi"))) == 4 and len(inv_freq(_of("StableLm"))) == 2
+
+
+def test_a_scorer_of_other_rope_is_refused_in_a_mixture_too():
+    model = tiny(head_dim=16)
+    policy = fitted_to(model)
+    other = LearnedKV(weights=policy.weights, inv_freq=policy.inv_freq * 2)
+    for one in (other, Hybrid(parts=((1.0, other), (1.0, KeyDiff())))):
+        with pytest.raises(ValueError, match="inv_freq of other RoPE than the model's"):
+            EvictingCache(model, one, keep=0.5)
+    with pytest.raises(ValueError, match="weights has values that are not finite"):
+        LearnedKV(weights=policy.weights * float("nan"), inv_freq=policy.inv_freq)
+    wide = LearnedKV(weights=torch.ones(3, 2, 100), inv_freq=policy.inv_freq)
+    with pytest.raises(ValueError, match=r"expected \(3, 2, 36\)"):
+        EvictingCache(model, wide, keep=0.5)

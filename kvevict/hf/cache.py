@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvevict import validate
-from kvevict.hf import masks, parallel, reconstruct, saved, shares
+from kvevict.hf import masks, parallel, reconstruct, rotary, saved, shares
 from kvevict.hf.attention import NAME, SET_UP, set_up
 from kvevict.hf.choice import Choice, choose_together
 from kvevict.hf.layer import EvictingLayer, Eviction, new_tokens
@@ -193,10 +193,13 @@ class EvictingCache(Cache):
         if of_heads:
             shares.check_served(self._config, self._policy, for_ever=budget is not None, static=static)
         shares.check_model(share, self._config)
-        if isinstance(policy, LearnedKV):
-            head_dim = getattr(self._config, "head_dim", None)
-            head_dim = head_dim or self._config.hidden_size // self._config.num_attention_heads
-            policy.check(self._config, len(layers), self._heads, head_dim)
+        head_dim = getattr(self._config, "head_dim", None)
+        head_dim = head_dim or self._config.hidden_size // self._config.num_attention_heads
+        for part in _parts(policy):
+            if isinstance(part, LearnedKV):
+                part.check(self._config, len(layers), self._heads, head_dim)
+                if hasattr(model, "modules"):
+                    part.check_angles(rotary.inv_freq(model))
         protected = sum(self._policy.protected)
         parts = shares.beforehand(share, len(full), self._heads, protected)
         self._unequal = of_heads or len(set(parts)) > 1
@@ -296,6 +299,11 @@ class EvictingCache(Cache):
         """Before anything changes: whether heads that choose together are all here, or on the ranks of a group."""
         if getattr(self._config, "kv_lora_rank", None):
             return  # one latent for all heads, on every rank
+        if seen < self._heads and any(isinstance(part, LearnedKV) for part in _parts(policy)):
+            raise ValueError(
+                f"policy is a LearnedKV, with weights of each of the model's {self._heads} KV heads, and this rank "
+                f"sees {seen}: expected another policy under tensor parallelism"
+            )
         if parallel.check(policy, seen, self._heads, self._group, of_heads=of_heads, static=self._static):
             for layer in self._evicting():
                 layer.group = self._group
@@ -564,8 +572,14 @@ def _mpt_alibi(config: Any) -> bool:
     return bool(getattr(getattr(config, "attn_config", None), "alibi", False))
 
 
+def _parts(policy: Policy) -> Iterator[Policy]:
+    """The policy, and what it is mixed of."""
+    yield policy
+    for _, part in policy.parts if isinstance(policy, Hybrid) else ():
+        yield from _parts(part)
+
+
 def _check_learned(policy: Policy, layers: int) -> None:
-    parts = [part for _, part in policy.parts] if isinstance(policy, Hybrid) else []
-    for part in (policy, *parts):
+    for part in _parts(policy):
         if isinstance(part, Learned) and len(part.layers) < layers:
             raise ValueError(f"policy has weights for {len(part.layers)} layers: expected {layers}, as the model has")

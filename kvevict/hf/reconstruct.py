@@ -213,6 +213,13 @@ def note(
         held = (layer.keys.shape[0] if layer.is_initialized else B, layer.cached())
         if held != (B, S):
             raise ValueError(f"input_ids has shape {(B, S)}: expected {held}, the tokens that the cache holds")
+    evicts = {layer.index for layer in evicting}
+    for i, layer in enumerate(cache.layers):
+        if i not in evicts and type(layer) is not DynamicSlidingWindowLayer:
+            raise ValueError(
+                f"{type(model).__name__} has layers of the kind {type(layer).__name__}, whose state the repetition would "
+                "change: expected full attention, or attention with a window"
+            )
     config = model.config.get_text_config(decoder=True)
     before = config._attn_implementation
     if not set_up(model):

@@ -48,6 +48,9 @@ class LearnedKV(Policy):
         validate.flag("mix", self.mix)
         validate.tensor("weights", self.weights, 3, (torch.float32,))
         validate.tensor("inv_freq", self.inv_freq, 1, (torch.float32,))
+        for name in ("weights", "inv_freq"):
+            if not bool(getattr(self, name).isfinite().all()):
+                raise ValueError(f"{name} has values that are not finite")
 
     @property
     def reads_positions(self) -> bool:
@@ -132,11 +135,22 @@ class LearnedKV(Policy):
                 f"policy was fitted to {self.metadata.get('model')}, config {known}: expected {config_hash(config)}, "
                 "this model's"
             )
-        if self.weights.shape[:2] != (layers, heads) or self.weights.shape[2] < head_dim + 4:
+        expected = (layers, heads, 2 * head_dim + 4)
+        if self.weights.shape != expected:
             raise ValueError(
-                f"policy has weights of shape {tuple(self.weights.shape)}: expected ({layers}, {heads}, features) for "
-                "the layers and KV heads of the model"
+                f"policy has weights of shape {tuple(self.weights.shape)}: expected {expected}, the layers, KV heads "
+                "and features of the model"
             )
+        if 2 * len(self.inv_freq) > head_dim:
+            raise ValueError(f"policy has {len(self.inv_freq)} angles: expected at most {head_dim // 2}, head_dim / 2")
+
+    def check_angles(self, inv_freq: Tensor) -> None:
+        """Raises:
+        ValueError: the model turns its keys by other angles than the one it was fitted to.
+        """
+        ours = self.inv_freq.to(inv_freq.device)
+        if ours.shape != inv_freq.shape or not torch.allclose(ours, inv_freq, rtol=1e-5):
+            raise ValueError("policy has inv_freq of other RoPE than the model's: expected a scorer fitted to it")
 
 
 @functools.cache
