@@ -69,7 +69,6 @@ def test_settings_come_from_the_configuration_or_the_environment(monkeypatch):
     [(on(policy="snapkv"), "policy is 'snapkv'"), (on(budget=0), "budget is 0"), (on(budget=20), "budget is 20"),
      (on(interval=-1), "interval is -1"), (on(keep=0.5), "kvevict is .*keep"),
      (dict(additional_config=dict(kvevict="keydiff")), "kvevict is 'keydiff'"),
-     (on() | dict(cache_config=SimpleNamespace(enable_prefix_caching=True)), "enable_prefix_caching=False"),
      (on() | dict(speculative_config=object()), "no speculative decoding"),
      (on() | dict(kv_transfer_config=object()), "no KV transfer"),
      (on() | dict(parallel=dict(pipeline_parallel_size=2)), "pipeline_parallel_size=1"),
