@@ -145,9 +145,27 @@ def test_a_thousand_random_steps_lose_no_block():
 
 
 @needs_vllm
-def test_an_engine_with_prefix_caching_is_refused_at_start():
-    done = run(dict(requests=1, kvevict=EVICTING, engine=dict(enable_prefix_caching=True)))
-    assert done.returncode != 0 and "expected enable_prefix_caching=False" in done.stderr
+def test_prefix_caching_shares_blocks_and_changes_no_token():
+    """vllm_engine checks after every step: exact references, no shared or cached block where a cut may write."""
+    of = dict(kind="waves", kvevict=dict(policy="keydiff", budget=128))
+    outcomes = [result(json.dumps(of | dict(engine=dict(enable_prefix_caching=on)))) for on in (False, True)]
+    assert outcomes[0]["tokens"] == outcomes[1]["tokens"]
+    assert outcomes[1]["scheduled"] < outcomes[0]["scheduled"]
+    assert all(outcome["free"] == outcome["total"] for outcome in outcomes)
+
+
+@needs_vllm
+def test_the_granule_is_whole_blocks_of_the_scheduler_whatever_they_become():
+    from kvevict.vllm.manager import EvictingSpec
+
+    spec = EvictingSpec(block_size=16, num_kv_heads=1, head_size=32, dtype=torch.float32, budget=100, interval=40,
+                        most_in_flight=1)  # fmt: skip
+    assert spec.granule == spec.never_written == 48
+    larger = spec.copy_with_new_block_size(64)
+    assert larger.granule == 64
+    smaller = larger.copy_with_new_block_size(16)  # the worker's kernels
+    assert [smaller.skip(n) for n in (140, 163, 164, 228)] == [larger.skip(n) for n in (140, 163, 164, 228)]
+    assert [larger.skip(n) for n in (140, 163, 164, 228)] == [0, 0, 64, 128]
 
 
 @needs_vllm

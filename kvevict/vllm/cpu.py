@@ -20,8 +20,8 @@ class EvictingCPUBuilder(EvictingBuilder, CPUAttentionMetadataBuilder):
         super().__init__(*args, **kwargs)
         if isinstance(self.kv_cache_spec, EvictingSpec) and self.isa != "vec":
             raise ValueError(
-                f"the CPU backend stores keys for {self.isa!r}: expected 'vec', which needs dtype='float32', a head size "
-                "that is a multiple of 32 and blocks that are one of 32"
+                f"the CPU backend stores keys for {self.isa!r}: expected 'vec', which needs dtype='float32', a head "
+                "size that is a multiple of 32 and blocks that are one of 32"
             )
 
 

@@ -55,8 +55,8 @@ class EvictingSpec(FullAttentionSpec):
 
     @property
     def never_written(self) -> int:
-        """The leading slots that no compaction writes: skip is 0 or at least this. Their blocks keep what their hash says
-        until they are freed, so they may be cached and shared."""
+        """The leading slots that no compaction writes: skip is 0 or at least this. Their blocks keep what their hash
+        says until they are freed, so they may be cached and shared."""
         return self.granule
 
     @property
