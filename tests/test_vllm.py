@@ -145,9 +145,11 @@ def test_a_thousand_random_steps_lose_no_block():
 
 
 @needs_vllm
-def test_prefix_caching_shares_blocks_and_changes_no_token():
+def test_prefix_caching_shares_blocks_and_changes_no_token(tmp_path):
     """vllm_engine checks after every step: exact references, no shared or cached block where a cut may write."""
-    of = dict(kind="waves", kvevict=dict(policy="keydiff", budget=128))
+    import vllm_tiny
+
+    of = dict(kind="waves", model=str(vllm_tiny.save("llama", tmp_path)), kvevict=dict(policy="keydiff", budget=128))
     outcomes = [result(json.dumps(of | dict(engine=dict(enable_prefix_caching=on)))) for on in (False, True)]
     assert outcomes[0]["tokens"] == outcomes[1]["tokens"]
     assert outcomes[1]["scheduled"] < outcomes[0]["scheduled"]
@@ -166,6 +168,19 @@ def test_the_granule_is_whole_blocks_of_the_scheduler_whatever_they_become():
     smaller = larger.copy_with_new_block_size(16)  # the worker's kernels
     assert [smaller.skip(n) for n in (140, 163, 164, 228)] == [larger.skip(n) for n in (140, 163, 164, 228)]
     assert [larger.skip(n) for n in (140, 163, 164, 228)] == [0, 0, 64, 128]
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [("llama80", "the CPU backend stores keys for 'vec16': expected 'vec'"),
+     ("gemma3n", "expected a layer with a cache of its own, not ")],
+)  # fmt: skip
+def test_a_model_that_cannot_be_served_is_refused_at_start(name, match, tmp_path):
+    import vllm_tiny
+
+    done = run(dict(kind="waves", model=str(vllm_tiny.save(name, tmp_path)), kvevict=EVICTING))
+    assert done.returncode != 0 and match in done.stderr
 
 
 @needs_vllm

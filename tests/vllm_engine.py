@@ -42,8 +42,10 @@ class Watched:
 
         from kvevict import models
 
-        folder = models.fetch_smollm2()
-        options = dict(max_model_len=2048, max_num_batched_tokens=512, enable_prefix_caching=False, enforce_eager=True)
+        tiny = "model" in scenario  # where tests/vllm_tiny.py saved one
+        folder = scenario["model"] if tiny else models.fetch_smollm2()
+        options = dict(max_model_len=2048, max_num_batched_tokens=512, enable_prefix_caching=False, enforce_eager=True,
+                       skip_tokenizer_init=tiny)  # fmt: skip
         options |= scenario.get("engine", {})
         extra = {} if scenario.get("kvevict") is None else dict(kvevict=scenario["kvevict"])
         self.llm = LLM(str(folder), dtype="float32", additional_config=extra, disable_log_stats=True, **options)

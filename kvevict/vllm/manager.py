@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvevict.paged.tail import skip
 from kvevict.vllm.settings import Settings
+
+logger = init_logger("vllm.kvevict")  # vLLM prints only what is logged under its own name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,12 @@ class EvictingManager(FullAttentionManager):
         super().__init__(kv_cache_spec, **kwargs)
         # A request is admitted when what it can hold at most fits, not its whole prompt.
         self.max_admission_blocks_per_request = kv_cache_spec.most_blocks(2**31)
+        logger.info(
+            "kvevict evicts: budget %d tokens, cut every %d; a request holds at most %d blocks of %d tokens and is "
+            "admitted when they fit; its first %d tokens may come from the prefix cache",
+            kv_cache_spec.budget, kv_cache_spec.granule, self.max_admission_blocks_per_request,
+            kv_cache_spec.block_size, kv_cache_spec.never_written,
+        )  # fmt: skip
 
     @classmethod
     def find_longest_cache_hit(

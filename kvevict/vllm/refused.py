@@ -13,7 +13,11 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from kvevict.vllm.settings import Settings
 
-NAMES = ("TRITON_ATTN", "FLASHINFER", "FLEX_ATTENTION", "ROCM_ATTN")
+NAMES = (
+    "TRITON_ATTN", "FLASHINFER", "FLEX_ATTENTION", "ROCM_ATTN", "FLASH_ATTN_DIFFKV", "TRITON_ATTN_DIFFKV",
+    "TRITON_FLASH_ATTN", "TRITON_FLASHINFER", "ROCM_SEGMENTED_ATTN", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN", "B12X",
+    "HPC_ATTN", "TURBOQUANT", "ULTRAQUANT",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -33,4 +37,5 @@ def __getattr__(name: str) -> Any:
         def get_impl_cls() -> type:
             return Impl
 
+    globals()[name] = Backend  # one class however often it is asked for
     return Backend
