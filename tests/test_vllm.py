@@ -69,7 +69,6 @@ def test_settings_come_from_the_configuration_or_the_environment(monkeypatch):
     [(on(policy="snapkv"), "policy is 'snapkv'"), (on(budget=0), "budget is 0"), (on(budget=20), "budget is 20"),
      (on(interval=-1), "interval is -1"), (on(keep=0.5), "kvevict is .*keep"),
      (dict(additional_config=dict(kvevict="keydiff")), "kvevict is 'keydiff'"),
-     (on() | dict(cache_config=SimpleNamespace(enable_prefix_caching=True)), "enable_prefix_caching=False"),
      (on() | dict(speculative_config=object()), "no speculative decoding"),
      (on() | dict(kv_transfer_config=object()), "no KV transfer"),
      (on() | dict(parallel=dict(pipeline_parallel_size=2)), "pipeline_parallel_size=1"),
@@ -146,9 +145,42 @@ def test_a_thousand_random_steps_lose_no_block():
 
 
 @needs_vllm
-def test_an_engine_with_prefix_caching_is_refused_at_start():
-    done = run(dict(requests=1, kvevict=EVICTING, engine=dict(enable_prefix_caching=True)))
-    assert done.returncode != 0 and "expected enable_prefix_caching=False" in done.stderr
+def test_prefix_caching_shares_blocks_and_changes_no_token(tmp_path):
+    """vllm_engine checks after every step: exact references, no shared or cached block where a cut may write."""
+    import vllm_tiny
+
+    of = dict(kind="waves", model=str(vllm_tiny.save("llama", tmp_path)), kvevict=dict(policy="keydiff", budget=128))
+    outcomes = [result(json.dumps(of | dict(engine=dict(enable_prefix_caching=on)))) for on in (False, True)]
+    assert outcomes[0]["tokens"] == outcomes[1]["tokens"]
+    assert outcomes[1]["scheduled"] < outcomes[0]["scheduled"]
+    assert all(outcome["free"] == outcome["total"] for outcome in outcomes)
+
+
+@needs_vllm
+def test_the_granule_is_whole_blocks_of_the_scheduler_whatever_they_become():
+    from kvevict.vllm.manager import EvictingSpec
+
+    spec = EvictingSpec(block_size=16, num_kv_heads=1, head_size=32, dtype=torch.float32, budget=100, interval=40,
+                        most_in_flight=1)  # fmt: skip
+    assert spec.granule == spec.never_written == 48
+    larger = spec.copy_with_new_block_size(64)
+    assert larger.granule == 64
+    smaller = larger.copy_with_new_block_size(16)  # the worker's kernels
+    assert [smaller.skip(n) for n in (140, 163, 164, 228)] == [larger.skip(n) for n in (140, 163, 164, 228)]
+    assert [larger.skip(n) for n in (140, 163, 164, 228)] == [0, 0, 64, 128]
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [("llama80", "the CPU backend stores keys for 'vec16': expected 'vec'"),
+     ("gemma3n", "expected a layer with a cache of its own, not ")],
+)  # fmt: skip
+def test_a_model_that_cannot_be_served_is_refused_at_start(name, match, tmp_path):
+    import vllm_tiny
+
+    done = run(dict(kind="waves", model=str(vllm_tiny.save(name, tmp_path)), kvevict=EVICTING))
+    assert done.returncode != 0 and match in done.stderr
 
 
 @needs_vllm

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import sys
+from collections import Counter
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the block pool is in this process, to be looked at
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -41,8 +42,10 @@ class Watched:
 
         from kvevict import models
 
-        folder = models.fetch_smollm2()
-        options = dict(max_model_len=2048, max_num_batched_tokens=512, enable_prefix_caching=False, enforce_eager=True)
+        tiny = "model" in scenario  # where tests/vllm_tiny.py saved one
+        folder = scenario["model"] if tiny else models.fetch_smollm2()
+        options = dict(max_model_len=2048, max_num_batched_tokens=512, enable_prefix_caching=False, enforce_eager=True,
+                       skip_tokenizer_init=tiny)  # fmt: skip
         options |= scenario.get("engine", {})
         extra = {} if scenario.get("kvevict") is None else dict(kvevict=scenario["kvevict"])
         self.llm = LLM(str(folder), dtype="float32", additional_config=extra, disable_log_stats=True, **options)
@@ -74,9 +77,15 @@ class Watched:
 
     def step(self):
         outputs = self.engine.step()
-        held = [block for blocks in self.held().values() for block in blocks]
-        assert len(held) == len(set(held)), "a block is held twice"
+        held = Counter(block for blocks in self.held().values() for block in blocks)
+        counted = {b.block_id: b.ref_cnt for b in self.pool.blocks if b.ref_cnt and b is not self.pool.null_block}
+        assert counted == held, "a block's references are not its holders"
         assert len(held) + self.pool.get_num_free_blocks() == self.total, "a block is lost"
+        (manager,) = self.manager.coordinator.single_type_managers
+        first = getattr(manager.kv_cache_spec, "never_written", 2**31) // manager.block_size
+        for blocks in manager.req_to_blocks.values():
+            assert all(b.is_null or b.ref_cnt == 1 for b in blocks[first:]), "a block that is written is shared"
+            assert all(b.is_null or b.block_hash is None for b in blocks[first:]), "a block that is written is cached"
         self.most_used = max(self.most_used, len(held))
         self.most_running = max(self.most_running, len(self.scheduler.running))
         return outputs
@@ -131,6 +140,30 @@ def churn(scenario):
     return dict(added=added, aborted=aborted, finished=finished, **watched.result())
 
 
+def waves(scenario):
+    """32 requests in waves of 8: 4 prefixes of 300 tokens, tails of their own. What each says, and tokens scheduled."""
+    watched, rng = Watched(scenario), random.Random(0)
+    prefixes = [[rng.randrange(1000, 40000) for _ in range(300)] for _ in range(4)]
+    schedule, scheduled, said = watched.scheduler.schedule, 0, {}
+
+    def counting(*args, **options):
+        nonlocal scheduled
+        output = schedule(*args, **options)
+        scheduled += output.total_num_scheduled_tokens
+        return output
+
+    watched.scheduler.schedule = counting
+    for wave in range(4):
+        for i in range(8):
+            tail = [rng.randrange(1000, 40000) for _ in range(rng.randrange(1, 200))]
+            watched.add(str(8 * wave + i), prefixes[i % 4] + tail, 12)
+        while watched.engine.has_unfinished_requests():
+            for output in watched.step():
+                if output.finished:
+                    said[output.request_id] = list(output.outputs[0].token_ids)
+    return dict(tokens=[said[str(i)] for i in range(32)], scheduled=scheduled, **watched.result())
+
+
 def evicting_cache(scenario):
     """The same prompts in transformers, read in the same chunks, with EvictingCache: which facts are answered."""
     import torch
@@ -156,5 +189,5 @@ def evicting_cache(scenario):
 
 if __name__ == "__main__":
     scenario = json.loads(sys.argv[1])
-    kinds = dict(answer=answer, churn=churn, evicting_cache=evicting_cache)
+    kinds = dict(answer=answer, churn=churn, waves=waves, evicting_cache=evicting_cache)
     print(json.dumps(kinds[scenario.get("kind", "answer")](scenario)))

@@ -13,8 +13,11 @@ def register() -> None:
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     from kvevict.vllm.manager import EvictingManager, EvictingSpec
+    from kvevict.vllm.refused import NAMES
 
     register_backend(AttentionBackendEnum.CPU_ATTN, "kvevict.vllm.cpu.EvictingCPUBackend")
     register_backend(AttentionBackendEnum.FLASH_ATTN, "kvevict.vllm.flash.EvictingFlashBackend")
+    for name in NAMES:
+        register_backend(AttentionBackendEnum[name], f"kvevict.vllm.refused.{name}")
     KVCacheSpecRegistry._ensure_registered()  # a first registration would keep vLLM from making its own
     KVCacheSpecRegistry.register(EvictingSpec, EvictingManager, uniform_type_base_spec=FullAttentionSpec)

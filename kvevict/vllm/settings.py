@@ -23,7 +23,7 @@ class Settings:
     Attributes:
         policy: a key of POLICIES. Policies that read more than keys and the last query are not served.
         budget: tokens that each layer and KV head of a request holds, at least.
-        interval: tokens beyond the budget before a request is cut for the first time.
+        interval: tokens beyond the budget before a request is cut, each time; rounded up to whole blocks.
         sink, recent: protected tokens, as in kvevict.policies; None: the policy's own.
     """
 
@@ -74,9 +74,6 @@ class Settings:
     def _refuse(self, config: Any) -> None:
         parallel = config.parallel_config
         reasons = {
-            "enable_prefix_caching=False (a block that was compacted holds other tokens than its hash says)": (
-                config.cache_config.enable_prefix_caching
-            ),
             "no speculative decoding (tokens that are taken back may have pushed others out)": (
                 config.speculative_config is not None
             ),

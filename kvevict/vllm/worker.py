@@ -98,18 +98,48 @@ class EvictingBuilder:
 class EvictingImpl(abc.ABC):
     """Mixed into an attention implementation. `forward` evicts when the step's attention is computed."""
 
+    # The implementation's own.
+    alibi_slopes: Tensor | None
+    attn_type: str
+    head_size: int
+    kv_cache_dtype: str
+    kv_sharing_target_layer_name: str | None
+    logits_soft_cap: float
+    scale: float
+    sliding_window: Any
+
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         global _loading
         _loading = get_current_vllm_config()
         settings = Settings.read(_loading)  # refuses, while the model is loaded, what cannot work
         self._policy: Policy | None = None if settings is None else settings.build()
+        if self._policy is not None and self.attn_type == "decoder" and self.sliding_window in (-1, (-1, -1)):
+            self._refuse("queries" in self._policy.needs)
+
+    def _refuse(self, reads_queries: bool) -> None:
+        """What this layer has that eviction from its cache cannot be right with."""
+        reasons = {
+            f"a layer with a cache of its own, not {self.kv_sharing_target_layer_name}'s": (
+                self.kv_sharing_target_layer_name is not None
+            ),
+            "no ALiBi (its biases go by slots, and kept tokens change theirs)": self.alibi_slopes is not None,
+            f"kv_cache_dtype='auto', not {self.kv_cache_dtype!r}": self.kv_cache_dtype.startswith(("fp8", "int")),
+            "a policy that reads keys alone, as the layer caps its logits": reads_queries
+            and bool(self.logits_soft_cap),
+        }
+        wrong = [expected for expected, found in reasons.items() if found]
+        if wrong:
+            raise ValueError(f"kvevict cannot evict in this model yet: expected {'; '.join(wrong)}")
 
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs) -> Tensor:
         result = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)  # type: ignore[misc]
         eviction = getattr(attn_metadata, "kvevict", None)
         if eviction is not None:
             assert self._policy is not None
+            # Policies scale logits by 1/√D; the layer's own scale may be another.
+            ratio = self.scale * self.head_size**0.5
+            query = query if abs(ratio - 1) < 1e-6 else query * ratio
             evict(self._policy, eviction, query, *self.cache_views(kv_cache, layer))
         return result
 
