@@ -150,7 +150,9 @@ def test_prefix_caching_shares_blocks_and_changes_no_token(tmp_path):
     import vllm_tiny
 
     of = dict(kind="waves", model=str(vllm_tiny.save("llama", tmp_path)), kvevict=dict(policy="keydiff", budget=128))
-    outcomes = [result(json.dumps(of | dict(engine=dict(enable_prefix_caching=on)))) for on in (False, True)]
+    # Each prompt in one step: what a chunk ends with decides what is kept, and a hit moves where chunks end.
+    whole = dict(max_num_batched_tokens=16384)
+    outcomes = [result(json.dumps(of | dict(engine=whole | dict(enable_prefix_caching=on)))) for on in (False, True)]
     assert outcomes[0]["tokens"] == outcomes[1]["tokens"]
     assert outcomes[1]["scheduled"] < outcomes[0]["scheduled"]
     assert all(outcome["free"] == outcome["total"] for outcome in outcomes)

@@ -217,8 +217,8 @@ def note(
     for i, layer in enumerate(cache.layers):
         if i not in evicts and type(layer) is not DynamicSlidingWindowLayer:
             raise ValueError(
-                f"{type(model).__name__} has layers of the kind {type(layer).__name__}, whose state the repetition would "
-                "change: expected full attention, or attention with a window"
+                f"{type(model).__name__} has layers of the kind {type(layer).__name__}, whose state the repetition "
+                "would change: expected full attention, or attention with a window"
             )
     config = model.config.get_text_config(decoder=True)
     before = config._attn_implementation

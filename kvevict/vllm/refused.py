@@ -26,13 +26,13 @@ def __getattr__(name: str) -> Any:
     backend = resolve_obj_by_qualname(AttentionBackendEnum[name].value)
     impl = backend.get_impl_cls()
 
-    class Impl(impl):
+    class Impl(impl):  # type: ignore[valid-type, misc]
         def __init__(self, *args, **kwargs) -> None:
             if Settings.read(get_current_vllm_config()) is not None:
                 raise ValueError(f"kvevict cannot evict with attention_backend={name}: expected FLASH_ATTN or CPU_ATTN")
             super().__init__(*args, **kwargs)
 
-    class Backend(backend):
+    class Backend(backend):  # type: ignore[valid-type, misc]
         @staticmethod
         def get_impl_cls() -> type:
             return Impl
