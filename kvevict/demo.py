@@ -18,7 +18,7 @@ from torch import Tensor
 from kvevict import models
 from kvevict.backends import backend, pick
 from kvevict.colors import color_of
-from kvevict.policies import NAMED, RECOMMENDED, Budget, Fixed, Learned, LearnedKV, Policy
+from kvevict.policies import NAMED, RECOMMENDED, Budget, Fixed, Hybrid, Learned, LearnedKV, Policy
 from kvevict.policies.shares import find
 
 if TYPE_CHECKING:  # the command line answers --help without transformers
@@ -73,9 +73,7 @@ def read(model, ids: Tensor, policy: Policy, advance: Callable[[int], object]) -
     """The whole cache after reading `ids`, with what the policy reads noted; advance(n): n more tokens are read."""
     from kvevict.hf import EvictingCache
 
-    # A budget notes what the policy reads until it is asked; what reads positions needs a cache that was never cut.
-    target: dict[str, Any] = {"keep": 1.0} if policy.reads_positions else {"budget": ids.shape[1]}
-    cache = EvictingCache(model.config, policy, **target)
+    cache = EvictingCache(model.config, policy, budget=ids.shape[1])  # notes what the policy reads until it is asked
     with cache.noting_hidden(model):
         for chunk in ids.split(CHUNK, dim=1):
             model(chunk, past_key_values=cache, logits_to_keep=1)
@@ -83,29 +81,32 @@ def read(model, ids: Tensor, policy: Policy, advance: Callable[[int], object]) -
     return cache
 
 
-def evicted(cache: EvictingCache, keep: float | Budget) -> tuple[EvictingCache, list[Tensor], float]:
-    """A copy of the cache cut down to that share, the kept indices of its layers, and the seconds it took."""
+def evicted(
+    cache: EvictingCache, keep: float | Budget, policy: Policy | None = None
+) -> tuple[EvictingCache, list[Tensor], float]:
+    """A copy of the cache cut down to that share by the policy, None: its own; the kept indices of its layers, and the
+    seconds it took."""
     cache = copy.deepcopy(cache)
     indices: list[Tensor] = []
     cache.on_evict = lambda eviction: indices.append(eviction.indices)
     layers: list[Any] = cache.layers
     device = layers[0].keys.device
     start = time.perf_counter()
-    cache.evict(keep)
+    cache.evict(keep, policy)
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
     seconds = time.perf_counter() - start
     return cache, [x.cpu() for x in indices], seconds
 
 
-def kept_by_kernels(cache: EvictingCache, keep: float) -> Tensor:
+def kept_by_kernels(cache: EvictingCache, keep: float, policy: Policy) -> Tensor:
     """What the first layer keeps of the cache, indices [1, H, n], when the kernels choose and move."""
     cache = copy.deepcopy(cache)
     indices: list[Tensor] = []
     cache.on_evict = lambda eviction: indices.append(eviction.indices)
     layers: list[Any] = cache.layers
     with backend("triton"):
-        layers[0].apply(layers[0].choose(keep))
+        layers[0].apply(layers[0].choose(keep, policy))
     return indices[0]
 
 
@@ -271,6 +272,7 @@ def run(
     from transformers.utils import logging
 
     from kvevict.hf.attention import NAME
+    from kvevict.hf.notes import TRACKED
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -303,27 +305,40 @@ def run(
         if shares != "none" or any(policy.needs - {"hidden"} for policy in policies.values()):
             model.set_attn_implementation(NAME)
         ids = build_prompt(tokenizer, body, tokens).to(device)
-        working = progress.add_task("reading, evicting, asking", total=len(policies) * (tokens + len(keep) * CHUNK))
+
+        def cut_and_ask(cache: EvictingCache, name: str, policy: Policy, share: float, budget: float | Budget) -> Row:
+            nonlocal same, compared
+            try:
+                shrunk, indices, seconds = evicted(cache, budget, policy)
+            except ValueError as error:
+                raise models.Unavailable(f"--policy is {name} with --shares {shares}: {error}") from error
+            if beside and shares == "none" and policy.spread == "layers" and share == min(keep):
+                heads = zip(kept_by_kernels(cache, share, policy)[0], indices[0][0], strict=True)
+                same += sum(int(torch.isin(*both).sum()) for both in heads)
+                compared += indices[0].numel()
+            loss, answer = ask(model, tokenizer, shrunk, ids)
+            n = round(sum(layer.kept for layer in shrunk.report()) / len(indices))
+            progress.advance(working, CHUNK)
+            return Row(name, share, n, held_bytes(shrunk), seconds, loss, answer, indices)
+
+        # The text is read once for all that read keys, values and queries, and for those that follow attention.
+        groups = [
+            {name: policy for name, policy in policies.items() if bool(policy.needs & TRACKED) == tracked}
+            for tracked in (False, True)
+        ]
+        groups = [group for group in groups if group]
+        total = len(groups) * tokens + len(policies) * len(keep) * CHUNK
+        working = progress.add_task("reading, evicting, asking", total=total)
         rows: list[Row] = []
-        for name, policy in policies.items():
-            cache = read(model, ids, policy, lambda n: progress.advance(working, n))
+        for group in groups:
+            together = Hybrid(parts=tuple((1.0, policy) for policy in group.values()), heads="shared")
+            cache = read(model, ids, together, lambda n: progress.advance(working, n))
             if not rows:
-                rows.append(
-                    Row("whole cache", 1.0, tokens, held_bytes(cache), 0.0, *ask(model, tokenizer, cache, ids), [])
-                )
-            for share, budget in zip(keep, budgets, strict=True):
-                try:
-                    shrunk, indices, seconds = evicted(cache, budget)
-                except ValueError as error:
-                    raise models.Unavailable(f"--policy is {name} with --shares {shares}: {error}") from error
-                if beside and shares == "none" and policy.spread == "layers" and share == min(keep):
-                    heads = zip(kept_by_kernels(cache, share)[0], indices[0][0], strict=True)
-                    same += sum(int(torch.isin(*both).sum()) for both in heads)
-                    compared += indices[0].numel()
-                loss, answer = ask(model, tokenizer, shrunk, ids)
-                n = round(sum(layer.kept for layer in shrunk.report()) / len(indices))
-                rows.append(Row(name, share, n, held_bytes(shrunk), seconds, loss, answer, indices))
-                progress.advance(working, CHUNK)
+                whole = ask(model, tokenizer, cache, ids)
+                rows.append(Row("whole cache", 1.0, tokens, held_bytes(cache), 0.0, *whole, []))
+            for name, policy in group.items():
+                for share, budget in zip(keep, budgets, strict=True):
+                    rows.append(cut_and_ask(cache, name, policy, share, budget))
 
     if beside and shares != "none":
         where = "reference"

@@ -26,8 +26,10 @@ from kvevict.policies import (
     LRU,
     RECOMMENDED,
     RECOMMENDED_FOR_SHARES,
+    TOVA,
     AttentionMass,
     Fixed,
+    Hybrid,
     KeyDiff,
     KeyNorm,
     LayerWide,
@@ -648,3 +650,26 @@ def test_smollm2():
     for token in ids[:, 410:].split(1, dim=1):
         pair.forward(token)
     pair.check_holdings()
+
+
+@torch.no_grad()
+def test_another_policy_may_choose_of_what_was_noted():
+    model = tiny()
+    ids = prompt(60)
+    for other, keep in ((KeyDiff(sink=1, recent=2), 0.5), (TOVA(), 0.25)):
+        held = EvictingCache(model, Hybrid(parts=((1.0, KeyDiff()), (1.0, TOVA()))), budget=100)
+        alone = EvictingCache(model, other, budget=100)
+        for cache in (held, alone):
+            model(ids, past_key_values=cache)
+        held.evict(keep, other)
+        alone.evict(keep)
+        for one, two in zip(held.layers, alone.layers, strict=True):
+            assert torch.equal(one.keys, two.keys) and one.croppable() <= two.croppable()
+    cache = EvictingCache(model, KeyDiff(), budget=100)
+    model(ids, past_key_values=cache)
+    with pytest.raises(
+        ValueError, match="TOVA reads queries, which was not noted: expected one that reads no more than K"
+    ):
+        cache.evict(0.5, TOVA())
+    with pytest.raises(ValueError, match="AttentionMass reads attention, which was not noted"):
+        cache.evict(0.5, AttentionMass())

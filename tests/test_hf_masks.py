@@ -257,3 +257,57 @@ def test_without_our_cache_masks_are_not_looked_at(ours):  # noqa: F811
     mask = torch.ones(30, 30, dtype=torch.bool, device=DEVICE).tril()
     mask[20:, :10] = False
     ours(prompt(30), attention_mask=mask[None, None], past_key_values=DynamicCache())
+
+
+@torch.no_grad()
+def test_a_forward_without_a_mask_between_padded_ones_is_as_one_with_it():
+    model = tiny()
+    ids = prompt(30, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :8] = 0
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    outputs = []
+    for middle in (mask[:, :21], None):
+        cache = EvictingCache(model, KeyDiff(), keep=1.0)
+        model(ids[:, :20], attention_mask=mask[:, :20], position_ids=position[:, :20], past_key_values=cache)
+        model(ids[:, 20:21], attention_mask=middle, position_ids=position[:, 20:21], past_key_values=cache)
+        options = dict(attention_mask=mask[:, :22], position_ids=position[:, 21:22])
+        outputs.append(model(ids[:, 21:22], past_key_values=cache, **options).logits)
+    torch.testing.assert_close(*outputs)
+
+
+@torch.no_grad()
+def test_requests_that_change_places_take_what_their_masks_showed_along():
+    model = tiny()
+    ids = prompt(30, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :8] = 0
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = EvictingCache(model, KeyDiff(), keep=1.0)
+    model(ids[:, :20], attention_mask=mask[:, :20], position_ids=position[:, :20], past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    swapped = mask.flip(0)
+    options = dict(attention_mask=swapped[:, :21], position_ids=position.flip(0)[:, 20:21])
+    assert model(ids[:, 20:21], past_key_values=cache, **options).logits.isfinite().all()
+    with pytest.raises(ValueError, match="attention_mask hides cached tokens"):
+        model(ids[:, 21:22], attention_mask=mask[:, :22], position_ids=position[:, 21:22], past_key_values=cache)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Lfm2ForCausalLM"), reason="older versions have it not")
+@torch.no_grad()
+def test_a_refusal_behind_layers_of_another_kind_is_remembered():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=128, hidden_size=32, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2)
+    config = transformers.Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"], **sizes)
+    model = transformers.Lfm2ForCausalLM(config).eval()
+    cache = EvictingCache(model, KeyDiff(), keep=1.0)
+    ids = prompt(30)
+    model(ids[:, :20], past_key_values=cache)
+    hidden = torch.ones(1, 24)
+    hidden[0, 5:8] = 0
+    with pytest.raises(ValueError, match="attention_mask hides cached tokens"):
+        model(ids[:, 20:24], attention_mask=hidden, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"a forward was refused in layer 1, .* call reset\(\)"):
+        model(ids[:, 20:24], past_key_values=cache)
+    cache.reset()
+    model(ids[:, :20], past_key_values=cache)

@@ -265,6 +265,8 @@ class EvictingCache(Cache):
             self._refuse_what_is_not_seen(key_states.shape[0])
         if layer_idx == 0 and not self._static:  # whose numbers stay on the device
             self._refuse_unlike_layers()
+        if layer_idx in (0, self._full[0]):
+            self._refuse_after_refusal()
         if layer_idx == self._full[0]:
             self._look_for_other_heads(key_states.shape[1], self._policy, self._of_heads)
             masks.forget()
@@ -308,6 +310,15 @@ class EvictingCache(Cache):
             for layer in self._evicting():
                 layer.group = self._group
 
+    def _refuse_after_refusal(self) -> None:
+        """Layers of any kind before one that refused a forward have taken its tokens."""
+        refused = next((layer.index for layer in self._evicting() if layer.refused and layer.index > 0), None)
+        if refused is not None:
+            raise ValueError(
+                f"a forward was refused in layer {refused}, after those before it had taken its tokens: call reset() "
+                "and begin anew"
+            )
+
     def _refuse_unlike_layers(self) -> None:
         """Layers with a window grow before the first one that evicts sees a mask, and may refuse it."""
         seen = self._evicting()[0].tokens_seen
@@ -348,7 +359,7 @@ class EvictingCache(Cache):
         for layer in self._evicting():
             layer.settle()
 
-    def evict(self, keep: int | float | Budget) -> None:
+    def evict(self, keep: int | float | Budget, policy: Policy | None = None) -> None:
         """Evict now, in every evicting layer: a document that was read in chunks, say, before it is asked about. Layers
         that hold no token are those of other ranks, under pipeline parallelism, and are left alone.
         In all layers or, where an error is raised before, in none; then `on_evict` is called for each.
@@ -356,6 +367,7 @@ class EvictingCache(Cache):
         Args:
             keep: share or number of the cached tokens, or a Budget that shares them out over the layers (with
                 `model.set_attn_implementation("kvevict")`).
+            policy: what to choose by, of what the cache has noted for its own; None: its own.
 
         Raises:
             ValueError: keep is out of range; the budgets of a static cache's layers differ; the cache is empty; what
@@ -365,8 +377,9 @@ class EvictingCache(Cache):
         layers = [layer for layer in self._evicting() if int(layer.get_seq_length()) > 0]
         if not layers:
             raise ValueError("the cache is empty: expected a cache after a forward")
-        budget = _as_budget(keep, self._policy)
-        policy = shares.policy_for(budget, self._policy)
+        given = self._policy if policy is None else policy
+        budget = _as_budget(keep, given)
+        policy = shares.policy_for(budget, given)
         of_heads = shares.unequal_heads(budget, policy)
         self._look_for_other_heads(layers[0].keys.shape[1], policy, of_heads)
         if len(layers) < len(self._evicting()) and not isinstance(budget, Uniform):
@@ -375,7 +388,8 @@ class EvictingCache(Cache):
                 "the same share or number for every layer"
             )
         if of_heads:
-            shares.check_served(self._config, policy, for_ever=layers[0].keep is None, static=self._static)
+            for each in (policy, self._policy):  # what its own reads is noted on
+                shares.check_served(self._config, each, for_ever=layers[0].keep is None, static=self._static)
         shares.check_model(budget, self._config)
         told = shares.told(budget, layers, self._heads, policy)
         unequal = of_heads or (told is not None and any(share != told[0] for share in told))
@@ -392,6 +406,9 @@ class EvictingCache(Cache):
             choices = [layer.choose(share, other) for layer, share in zip(layers, told, strict=True)]
         self._unequal |= unequal
         self._apply(layers, choices)
+        if given is not self._policy:
+            for layer in layers:
+                layer.tail = layer.tail if not layer.evicted else _at_most(layer.tail, policy.protected[1])
 
     def reconstruct(
         self, model: Any, input_ids: Tensor, *, prompt_ids: Tensor | None = None, chunk: int = 2048
@@ -570,6 +587,10 @@ def _full_layers(config: Any, layers: list[Any]) -> list[int]:
 
 def _mpt_alibi(config: Any) -> bool:
     return bool(getattr(getattr(config, "attn_config", None), "alibi", False))
+
+
+def _at_most(tail: int | Tensor, most: int) -> int | Tensor:
+    return tail.clamp(max=most) if isinstance(tail, Tensor) else min(tail, most)
 
 
 def _parts(policy: Policy) -> Iterator[Policy]:

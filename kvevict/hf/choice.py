@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvevict.hf.notes import TRACKED
 from kvevict.hf.parallel import mean_over_heads
 from kvevict.hf.shares import Keep
 from kvevict.policies import Policy, model_wide
@@ -99,6 +100,8 @@ def scored(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor | None]
     name = type(policy).__name__
     if not layer.watching and policy.needs - {"values", "repeated"}:
         raise ValueError(f"the prompt has been cut, and nothing was noted for {name} since")
+    if policy is not layer.policy:
+        _check_noted(layer, policy)
     if "repeated" in policy.needs:
         _check_repeated(layer, name)
     for missing in layer.notes.missing():
@@ -120,6 +123,27 @@ def scored(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor | None]
     else:
         seen = tracker.observed(keys, **known)
     return policy.scores(seen), seen.lengths
+
+
+def _check_noted(layer: EvictingLayer, policy: Policy) -> None:
+    """Of another policy than the layer's own: what it reads was noted for that."""
+    notes = layer.notes
+    missing = [
+        name
+        for name, reads, there in (
+            ("attention", policy.needs & TRACKED, notes.tracked),
+            ("queries", policy.window, policy.window <= notes.window),
+            ("hidden states", "hidden" in policy.needs, notes.wants_hidden),
+        )
+        if reads and not there
+    ]
+    if policy.needs & TRACKED and notes.tracked and policy.noted != (notes.reduce, notes.min_distance):
+        missing.append("attention of this kind")
+    if missing:
+        raise ValueError(
+            f"{type(policy).__name__} reads {' and '.join(missing)}, which was not noted: expected one that reads no "
+            f"more than {type(layer.policy).__name__}, with which the cache was made"
+        )
 
 
 def _check_repeated(layer: EvictingLayer, name: str) -> None:

@@ -94,6 +94,7 @@ class EvictingLayer(DynamicLayer):
         self.lengths: Tensor | None = None  # [B]: valid tokens in front of each row; None: all
         self.pages: Pages | None = None  # what lies before the keys and values
         self.notes = Notes(self.policy)
+        self.refused = False  # an attention, whose tokens layers before this one may have taken
         self.compressed = False  # keep=: the prompt has been cut
         self.tail: int | Tensor = 0  # so many last tokens ([B] of them: of each request) have none missing among them
         self.row: Tensor | None = None  # [B, slots] bool: what the last query was shown of them, None: all
@@ -331,6 +332,7 @@ class EvictingLayer(DynamicLayer):
             step = self._step = self._this_step(attention_mask, query)
         except ValueError:
             self._take_back(new)
+            self.refused = True
             raise
         tracked = self.watching and self.notes.tracked
         tracker = self.notes.tracker
@@ -406,7 +408,10 @@ class EvictingLayer(DynamicLayer):
                 "attention_mask hides cached tokens or shows later ones: expected that of a causal model, because what "
                 "is cached is no longer where the mask expects it"
             )
-        self.row = shown.row
+        if shown.row is None and self.row is not None:  # all of what is new is shown, and of the past what was
+            self.row = torch.cat([self.row, self.row.new_ones(len(self.row), new)], dim=1)
+        else:
+            self.row = shown.row
         return Step(
             new,
             first,
