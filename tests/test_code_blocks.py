@@ -19,7 +19,8 @@ from kvevict.policies import LearnedKV
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md")), REPOSITORY / "CONTRIBUTING.md"]
-ELSEWHERE = ("vllm.md", "distributed.md")  # in an environment, or processes, of their own: their own tests
+# In an environment, or processes, of their own, or of a size that a test chooses: their own tests.
+ELSEWHERE = ("vllm.md", "distributed.md")
 
 
 def blocks(language):
@@ -48,6 +49,7 @@ def test_python(block, smollm2, monkeypatch, tmp_path):
     """With a model and what belongs to it at hand, as the text around a block says."""
     model, tokenizer = smollm2
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model.generation_config, "max_new_tokens", 4)  # where a block leaves it open
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name, **options: model)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **options: tokenizer)
     inputs = tokenizer("Moses went up to the mount of God. " * 8, return_tensors="pt").to(DEVICE)
