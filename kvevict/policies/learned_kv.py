@@ -29,6 +29,9 @@ class LearnedKV(Policy):
 
     Scores compare over the heads and layers of the model: with heads="each", keep=0.1 alone means ModelWide(0.1).
 
+    Keys are turned back by positions that count a request's own tokens from 0, as `generate` gives them to the model;
+    in a padded batch a forward by hand needs `position_ids` that do, or keys are turned back by too little.
+
     Attributes:
         weights: [L, H, D + Dv + 4] float32, as `kvevict.ops.kv_scores` takes them; 0 for layers that do not grow.
         inv_freq: [R/2] float32, RoPE's angles.
