@@ -21,6 +21,7 @@ import math
 import pathlib
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,11 +29,10 @@ from torch import Tensor
 
 from kvevict import __version__, models, ops, tasks, validate
 from kvevict.colors import color_of
-from kvevict.policies import RECOMMENDED, Fixed, LearnedKV, Observed, Policy, Shares, Tracker, model_wide
+from kvevict.policies import Fixed, LearnedKV, Observed, Policy, Shares, Tracker, model_wide
 from kvevict.policies.base import within
 from kvevict.policies.shares import find
 
-KVZIP = "kvzip"  # reads the context twice
 LEARNED = "learned"
 POLICIES = ("recommended", "keydiff", "snapkv", LEARNED)
 ALL = "all"  # tasks together
@@ -123,8 +123,8 @@ def ask(model: Any, cache: Any, seen: int, question: list[int], answer: list[int
     return losses.mean().item(), bool((logits.argmax(-1) == target[:, 0]).all())
 
 
-def named(names: Sequence[str], model: Any) -> dict[str, Policy | None]:
-    """The policies of these names for the model; KVzip, which is none, as None.
+def named(names: Sequence[str], model: Any) -> dict[str, Policy]:
+    """The policies of these names for the model.
 
     Raises:
         kvevict.models.Unavailable: a name is not known; the package has no scorer for the model; it has not the weights
@@ -133,17 +133,15 @@ def named(names: Sequence[str], model: Any) -> dict[str, Policy | None]:
     from kvevict.hf.cache import POLICIES as KNOWN
     from kvevict.hf.weights import bound
 
-    found: dict[str, Policy | None] = {}
+    found: dict[str, Policy] = {}
     for name in names:
         try:
             if name == LEARNED:
                 found[name] = LearnedKV.of_model(model.config)
-            elif name == KVZIP:
-                found[name] = None
             elif name in KNOWN:
                 found[name] = bound(KNOWN[name], model)
             else:
-                raise ValueError(f"expected one of {', '.join([*KNOWN, LEARNED, KVZIP])}")
+                raise ValueError(f"expected one of {', '.join([*KNOWN, LEARNED])}")
         except ValueError as error:
             raise models.Unavailable(f"--policies has {name}: {error}") from error
     return found
@@ -158,7 +156,7 @@ def run_context(
     keeps: Sequence[float],
     columns: Sequence[str],
     shares: Shares | None,
-    policies: dict[str, Policy | None],
+    policies: dict[str, Policy],
     seen: bool = False,
 ) -> dict[str, dict[str, dict[str, list[Answer]]]]:
     """{policy: {column: {keep: [answer to each question]}}}; "whole": of the whole cache."""
@@ -190,14 +188,14 @@ def _answers(model, tokenizer, prompt, asked, keeps, columns, shares, policies):
     everything = [torch.arange(len(prompt), device=k.device).expand(*k.shape[:2], -1) for k, _ in layers]
     results = {"whole": {"whole": {"1.0": answers(everything)}}}
     for name, policy in policies.items():
-        if policy is None:
+        shown = observed
+        if "repeated" in policy.needs:  # the context is read twice
             repeat = torch.tensor(tokenizer(PROMPT, add_special_tokens=False)["input_ids"], device=model.device)
-            scores = repeat_scores(model, torch.tensor([prompt], device=model.device), repeat)
-        else:
-            scores = [policy.scores(layer) for layer in observed]
-        protected = (RECOMMENDED if policy is None else policy).protected
+            drawn = repeat_scores(model, torch.tensor([prompt], device=model.device), repeat)
+            shown = [replace(layer, repeated=scores) for layer, scores in zip(observed, drawn, strict=True)]
+        scores = [policy.scores(layer) for layer in shown]
         results[name] = {
-            column: {str(keep): answers(choices(scores, column, keep, shares, protected)) for keep in keeps}
+            column: {str(keep): answers(choices(scores, column, keep, shares, policy.protected)) for keep in keeps}
             for column in columns
         }
     return results

@@ -13,8 +13,9 @@ pytest.importorskip("transformers")
 
 import transformers
 import typer
+from test_hf_smollm2 import smollm2  # noqa: F401
 
-from kvevict import cli, models
+from kvevict import cli
 from kvevict.policies import LearnedKV
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -36,16 +37,8 @@ def _elsewhere(page):
     return pytest.mark.skipif(page.name in ELSEWHERE, reason="has tests of its own")
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    try:
-        return models.load(device=DEVICE)
-    except models.Unavailable as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.parametrize("block", list(blocks("python")))
-def test_python(block, smollm2, monkeypatch, tmp_path):
+def test_python(block, smollm2, monkeypatch, tmp_path):  # noqa: F811
     """With a model and what belongs to it at hand, as the text around a block says."""
     model, tokenizer = smollm2
     monkeypatch.chdir(tmp_path)

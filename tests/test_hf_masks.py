@@ -259,13 +259,18 @@ def test_without_our_cache_masks_are_not_looked_at(ours):  # noqa: F811
     ours(prompt(30), attention_mask=mask[None, None], past_key_values=DynamicCache())
 
 
-@torch.no_grad()
-def test_a_forward_without_a_mask_between_padded_ones_is_as_one_with_it():
-    model = tiny()
+def one_padded():
+    """ids [2, 30], whose first request has 8 tokens of padding; mask, and positions."""
     ids = prompt(30, batch=2)
     mask = torch.ones_like(ids)
     mask[0, :8] = 0
-    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def test_a_forward_without_a_mask_between_padded_ones_is_as_one_with_it():
+    model = tiny()
+    ids, mask, position = one_padded()
     outputs = []
     for middle in (mask[:, :21], None):
         cache = EvictingCache(model, KeyDiff(), keep=1.0)
@@ -279,10 +284,7 @@ def test_a_forward_without_a_mask_between_padded_ones_is_as_one_with_it():
 @torch.no_grad()
 def test_requests_that_change_places_take_what_their_masks_showed_along():
     model = tiny()
-    ids = prompt(30, batch=2)
-    mask = torch.ones_like(ids)
-    mask[0, :8] = 0
-    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    ids, mask, position = one_padded()
     cache = EvictingCache(model, KeyDiff(), keep=1.0)
     model(ids[:, :20], attention_mask=mask[:, :20], position_ids=position[:, :20], past_key_values=cache)
     cache.reorder_cache(torch.tensor([1, 0]))

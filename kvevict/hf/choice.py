@@ -150,8 +150,7 @@ def _check_repeated(layer: EvictingLayer, name: str) -> None:
     repeated = layer.notes.repeated
     if repeated is None:
         raise ValueError(f"{name} needs cache.reconstruct(model, input_ids) of what the cache holds")
-    tokens = layer.cached() + (0 if layer.pages is None else layer.pages.longest)
-    if repeated.shape[2] != tokens:
+    if repeated.shape[2] != layer.slots():
         raise ValueError(
             f"{name} has no scores of the tokens that came after cache.reconstruct: expected an evict right after it"
         )

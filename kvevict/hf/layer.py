@@ -523,7 +523,7 @@ class EvictingLayer(DynamicLayer):
         if tracker is not None:
             drawn = tracker.mass.gather(2, choice.indices.clamp(min=0)).masked_fill(choice.indices < 0, 0.0)
             retained = drawn.sum() / tracker.mass.sum()
-        places, held = self._places(), (self.tokens_of_heads(), self._slots())
+        places, held = self._places(), (self.tokens_of_heads(), self.slots())
         indices = self._into_pages(choice) if choice.of_heads else self._compact(choice)
         if places is not None:
             self.notes.places = places.after(indices, *held)
@@ -534,7 +534,7 @@ class EvictingLayer(DynamicLayer):
             self.notes.repeated, self.notes.places = before_it.repeated, before_it.places  # for a later `evict`
         self._on_evict(Eviction(self.index, before, self.kept(), indices, retained))
 
-    def _slots(self) -> int:
+    def slots(self) -> int:
         """Of `whole`."""
         return self.cached() + (0 if self.pages is None else self.pages.longest)
 
@@ -557,7 +557,7 @@ class EvictingLayer(DynamicLayer):
             ValueError: tokens were evicted, and where the others had been was not noted.
         """
         if self.notes.places is not None:
-            return self.notes.places.of(self.tokens_of_heads(), self._slots()), self.notes.places.seen
+            return self.notes.places.of(self.tokens_of_heads(), self.slots()), self.notes.places.seen
         if self.evicted or self.pages is not None:
             raise ValueError(
                 f"{type(self.policy).__name__} reads positions, and tokens were evicted before these were noted: "

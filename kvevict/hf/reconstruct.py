@@ -8,7 +8,9 @@ and `kvevict budgets` measures shares with them.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,20 +129,32 @@ def read_and_repeat(
     validate.tensor("prompt_ids", prompt_ids, 1, (torch.int64,), input_ids)
     validate.integer("chunk", chunk, 1)
     name = type(model).__name__
-    config = model.config.get_text_config(decoder=True)
-    before = config._attn_implementation
     cache = _Cache(config=model.config)
     kinds = {type(layer) for layer in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
-    if kinds or not set_up(model):
-        what = f"has layers of the kind {kinds.pop().__name__}" if kinds else "computes attention in a way of its own"
-        raise ValueError(f'{name} {what}: expected a model whose attention can be "kvevict"')
-    try:
+    if kinds:
+        raise ValueError(
+            f'{name} has layers of the kind {kinds.pop().__name__}: expected a model whose attention can be "kvevict"'
+        )
+    with _attention_is_ours(model):
         for part in input_ids.split(chunk, dim=1):
             model(part, past_key_values=cache, logits_to_keep=1)
         scores = _repeat(model, cache, input_ids, prompt_ids, chunk)
+    return cache, scores
+
+
+@contextlib.contextmanager
+def _attention_is_ours(model: Any) -> Iterator[None]:
+    """Inside the block. Raises ValueError where it cannot be."""
+    before = model.config.get_text_config(decoder=True)._attn_implementation
+    if not set_up(model):
+        raise ValueError(
+            f"{type(model).__name__} computes attention in a way of its own: expected a model whose attention can be "
+            '"kvevict"'
+        )
+    try:
+        yield
     finally:
         model.set_attn_implementation(before)
-    return cache, scores
 
 
 def _repeat(
@@ -220,21 +234,15 @@ def note(
                 f"{type(model).__name__} has layers of the kind {type(layer).__name__}, whose state the repetition "
                 "would change: expected full attention, or attention with a window"
             )
-    config = model.config.get_text_config(decoder=True)
-    before = config._attn_implementation
-    if not set_up(model):
-        raise ValueError(f'{type(model).__name__} computes attention in a way of its own: expected "kvevict" attention')
-    try:
-        whole = _Cache(config=model.config)
-        for i, layer in enumerate(cache.layers):
-            whole.layers[i] = layer
-        for layer in evicting:
-            plain = DynamicLayer()
-            plain.lazy_initialization(layer.keys, layer.values)
-            plain.keys, plain.values = layer.keys.detach(), layer.values.detach()
-            whole.layers[layer.index] = plain
+    whole = _Cache(config=model.config)
+    for i, layer in enumerate(cache.layers):
+        whole.layers[i] = layer
+    for layer in evicting:
+        plain = DynamicLayer()
+        plain.lazy_initialization(layer.keys, layer.values)
+        plain.keys, plain.values = layer.keys.detach(), layer.values.detach()
+        whole.layers[layer.index] = plain
+    with _attention_is_ours(model):
         scores = _repeat(model, whole, input_ids, prompt_ids, chunk, getattr(policy, "normalized", False))
-    finally:
-        model.set_attn_implementation(before)
     for layer in evicting:
         layer.notes.repeated = scores[layer.index]
