@@ -20,12 +20,13 @@ the chosen ones is the mode:
 A long row is cut into runs, one program each. Four rounds count a digit of 8 bits, the fifth writes; between rounds all
 programs of a row must have come as far. On an NVIDIA GPU that is one cooperative launch with a barrier per row, since
 all of its programs run at once; elsewhere, and in the interpreter, where they run one after another, it is a launch per
-round. 256 bins, because tl.histogram spends work per warp in proportion to the bins.
+round. 256 bins, because tl.histogram spends work per warp in proportion to the bins. The first two digits part all but
+a few tokens; the others are counted by adding one by one.
 
 Shapes: scores [B, H, S] float32, last dimension contiguous; out [B, H or 1, n] int64, -1 beyond a row's own count.
-Bytes per row: 4·S twice (registers), or five times, from L2 after the first; 8·n written. Runs add
-splits² · 256 · 4 bytes of histograms a round, all in L2. Each histogram has one owner, so the result cannot depend on
-the order in which programs run.
+Bytes per row: 4·S twice (up to 4,096 tokens of few rows, and in runs of one tile, once: registers), or five times, from
+L2 after the first; 8·n written. Runs add splits² · 256 · 4 bytes of histograms a round, all in L2. Each histogram has
+one owner, so the result cannot depend on the order in which programs run.
 Launch: 1; for long rows without cooperative launches 5; 1 more for heads="shared". Adaptive: two selections and 1 more.
 """
 
@@ -44,6 +45,7 @@ _KEEP, _EVICT, _MARK = (tl.constexpr(mode) for mode in range(3))
 _BEST, _WORST = tl.constexpr(-0x80000000), tl.constexpr(0x7FFFFFFF)  # no score has the one, NaN has the other
 _DIGIT_BINS = tl.constexpr(256)
 _WRITE = tl.constexpr(4)  # the round after those of the four digits
+_SPARSE = tl.constexpr(2)  # from this round on few candidates compete
 _LOADS_AT_ONCE = tl.constexpr(16)
 _OPEN = tl.constexpr(0x5D1C0A97E3B6284F)
 
@@ -71,13 +73,17 @@ def _row_bounds(lengths, keep, b, h, S, n, sink, recent, MODE: tl.constexpr):
 
 
 @triton.jit
-def _load_keys(row_ptr, tokens, end, first, last):
-    """Keys of a tile of tokens, and which of them compete: those in [first, last). The others have the worst key."""
-    values = tl.load(row_ptr + tokens, mask=tokens < end, other=0)
-    if row_ptr.dtype.element_ty == tl.float32:
-        values = descending_key(values)
+def _load_keys(row_ptr, tokens, end, first, last, held=None):
+    """Keys of a tile of tokens, and which of them compete: those in [first, last). The others have the worst key.
+    `held`: these keys, if they have been loaded before."""
+    if held is None:
+        keys = tl.load(row_ptr + tokens, mask=tokens < end, other=0)
+        if row_ptr.dtype.element_ty == tl.float32:
+            keys = descending_key(keys)
+    else:
+        keys = held
     competes = (tokens >= first) & (tokens < tl.minimum(last, end))
-    return tl.where(competes, values, _WORST), competes
+    return tl.where(competes, keys, _WORST), competes
 
 
 @triton.jit
@@ -100,13 +106,13 @@ def _kth_key(keys, need):
 
 @triton.jit
 def _write(
-    row_ptr, begin, end, out_ptr, n, length, written, first, last, kth, ties, better_before, ties_before,
+    row_ptr, held, begin, end, out_ptr, n, length, written, first, last, kth, ties, better_before, ties_before,
     BLOCK: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Write what is asked for of the tokens [begin, end), given how many better and tied candidates lie before them."""
     for start in range(begin, end, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        keys, competes = _load_keys(row_ptr, tokens, end, first, last)
+        keys, competes = _load_keys(row_ptr, tokens, end, first, last, held)
         better = competes & (keys < kth)
         tied = competes & (keys == kth)
         packed = better.to(tl.int32) | (tied.to(tl.int32) << 16)  # one prefix sum of both: a tile's tokens fit 16 bits
@@ -167,7 +173,7 @@ def select_row_kernel(
     kth, better = _kth_key(keys, need)
     none = tl.full([], 0, tl.int32)  # nothing lies before the row
     _write(
-        row_ptr, 0, S, out_ptr + row * out_stride, n, length, written, first, last, kth, need - better, none, none,
+        row_ptr, keys if HELD == BLOCK else None, 0, S, out_ptr + row * out_stride, n, length, written, first, last, kth, need - better, none, none,
         BLOCK, MODE,
     )  # fmt: skip
     _clear(clear_ptr, clear_size, BLOCK)
@@ -175,36 +181,38 @@ def select_row_kernel(
 
 @triton.jit
 def _count_digits(
-    row_ptr, begin, end, first, last, prefix, need, ROUND: tl.constexpr, BLOCK: tl.constexpr
+    row_ptr, held, begin, end, first, last, prefix, counts_ptr, ROUND: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Histogram of a run's ROUND-th byte over the candidates whose more significant bytes equal `prefix`, and how many
-    candidates have a better (smaller) prefix."""
+    """Write the histogram [256] of a run's ROUND-th byte over the candidates whose more significant bytes are `prefix`.
+
+    Two bytes part all but a few candidates, if these are not ties. From then on those that still compete are added one
+    by one, which takes a third of a dense count's instructions. Ties cost more, but only a run's own wait for each
+    other.
+    """
+    bins = tl.arange(0, _DIGIT_BINS)
     counts = tl.zeros([_DIGIT_BINS], tl.int32)
-    better = tl.zeros([BLOCK], tl.int32)
+    if ROUND >= _SPARSE:
+        tl.store(counts_ptr + bins, counts)
+        tl.debug_barrier()  # other threads add to what this one has cleared
     for start in range(begin, end, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        keys, competes = _load_keys(row_ptr, tokens, end, first, last)
+        keys, competes = _load_keys(row_ptr, start + tl.arange(0, BLOCK), end, first, last, held)
         if ROUND == 0:
             digits = (keys >> 24) + 128  # the sign bit makes the first byte signed
         else:
             digits = (keys >> (24 - 8 * ROUND)) & 255
-            better += (competes & ((keys >> (32 - 8 * ROUND)) < prefix)).to(tl.int32)
             competes = competes & ((keys >> (32 - 8 * ROUND)) == prefix)
-        if need > 0:
+        if ROUND < _SPARSE:
             counts += tl.histogram(digits, _DIGIT_BINS, mask=competes)
-    return counts, tl.sum(better, 0)
+        else:
+            tl.atomic_add(counts_ptr + digits, 1, mask=competes, sem="relaxed")
+    if ROUND < _SPARSE:
+        tl.store(counts_ptr + bins, counts)
 
 
 @triton.jit
-def _state_ptr(states_ptr, row, ROUND: tl.constexpr):
-    """(prefix, need) before byte ROUND was looked at: [rows, 4, 2] int32."""
-    return states_ptr + (row * 4 + ROUND) * 2
-
-
-@triton.jit
-def _sum_counts(histograms_ptr, row, split, splits, ROUND: tl.constexpr):
-    """[256] digit counts of a row, and of its runs before `split` alone, from [rows, 4, splits, 256] int32."""
-    run_ptr = histograms_ptr + (row * 4 + ROUND) * splits * _DIGIT_BINS + tl.arange(0, _DIGIT_BINS)
+def _sum_counts(histograms_ptr, split, splits, ROUND: tl.constexpr):
+    """[256] digit counts of a row, and of its runs before `split` alone, from histograms [4, splits, 256] int32."""
+    run_ptr = histograms_ptr + ROUND * splits * _DIGIT_BINS + tl.arange(0, _DIGIT_BINS)
     counts = tl.zeros([_DIGIT_BINS], tl.int32)
     before = tl.zeros([_DIGIT_BINS], tl.int32)
     for start in range(0, splits, _LOADS_AT_ONCE):
@@ -218,17 +226,19 @@ def _sum_counts(histograms_ptr, row, split, splits, ROUND: tl.constexpr):
 
 @triton.jit
 def _next_digit(counts, prefix, need, ROUND: tl.constexpr):
-    """The prefix one byte longer, and how many keys with exactly that prefix are still needed: none, if the keys below
-    it are just as many as are needed. Then it is longer by zeros only, and nothing has to be counted any more."""
+    """The prefix one byte longer, how many keys with exactly that prefix are still needed, and the bins [256] of keys
+    that are better by this byte. None needed: the keys below the prefix are just as many as are needed, and it is longer
+    by zeros only."""
     below = tl.cumsum(counts, 0)
-    passed = (below <= need) & (tl.arange(0, _DIGIT_BINS) < _DIGIT_BINS - 1)
-    digit = tl.where(need > 0, tl.sum(passed.to(tl.int32), 0), 0)
-    need -= tl.max(tl.where(passed, below, 0), 0)
+    passed = (below <= need) & (tl.arange(0, _DIGIT_BINS) < _DIGIT_BINS - 1) & (need > 0)
+    digit_and_taken = tl.sum(tl.where(passed, counts.to(tl.int64) + (1 << 32), 0), 0)  # one sum of both
+    digit = (digit_and_taken >> 32).to(tl.int32)
+    need -= digit_and_taken.to(tl.int32)
     if ROUND == 0:
         prefix = digit - 128
     else:
         prefix = prefix * 256 + digit
-    return prefix, need
+    return prefix, need, passed
 
 
 @triton.jit
@@ -248,7 +258,8 @@ def _meet(meeting_ptr, split, splits, ROUND: tl.constexpr):
         while seen != _OPEN:
             seen = tl.atomic_add(open_ptr, 0, sem="acquire")
     tl.debug_barrier()  # all threads have written
-    arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1
+    tl.atomic_add(arrivals_ptr, 1, sem="release")
+    arrived = tl.full([], 0, tl.int64)
     while arrived < ROUND * splits:
         arrived = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
     if ROUND == 1:
@@ -256,67 +267,62 @@ def _meet(meeting_ptr, split, splits, ROUND: tl.constexpr):
             tl.atomic_xchg(open_ptr, 0, sem="relaxed")
 
 
-@triton.jit
-def _run_round(
-    row_ptr, histograms_ptr, states_ptr, better_ptr, out_ptr, row, split, splits, chunk, S, n,
-    length, written, need, first, last,
-    ROUND: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
-):  # fmt: skip
-    prefix = 0
-    if ROUND > 0:
-        counts, counts_before = _sum_counts(histograms_ptr, row, split, splits, ROUND - 1)
-        state_ptr = _state_ptr(states_ptr, row, ROUND - 1)
-        prefix, need = _next_digit(counts, tl.load(state_ptr), tl.load(state_ptr + 1), ROUND - 1)
-    begin = split * chunk
-    end = tl.minimum(begin + chunk, S)
-    if ROUND < _WRITE:
-        if split == 0:
-            state_ptr = _state_ptr(states_ptr, row, ROUND)
-            tl.store(state_ptr, prefix)
-            tl.store(state_ptr + 1, need)
-        counts, better = _count_digits(row_ptr, begin, end, first, last, prefix, need, ROUND, BLOCK)
-        offsets = ((row * 4 + ROUND) * splits + split) * _DIGIT_BINS + tl.arange(0, _DIGIT_BINS)
-        tl.store(histograms_ptr + offsets, counts)
-        if ROUND == 3:
-            tl.store(better_ptr + row * splits + split, better)
-    else:
-        # What the runs before this one hold: candidates better in the first three bytes, or in the last one, and ties.
-        better_before = tl.full([], 0, tl.int32)
-        for run in range(0, split):
-            better_before += tl.load(better_ptr + row * splits + run)
-        bins, digit = tl.arange(0, _DIGIT_BINS), prefix & 255
-        better_before += tl.sum(tl.where(bins < digit, counts_before, 0), 0)
-        ties_before = tl.sum(tl.where(bins == digit, counts_before, 0), 0)
-        _write(
-            row_ptr, begin, end, out_ptr, n, length, written, first, last, prefix, need, better_before, ties_before,
-            BLOCK, MODE,
-        )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def select_runs_kernel(
-    scores_ptr, lengths, keep, out_ptr, clear_ptr, clear_size, histograms_ptr, states_ptr, better_ptr, meeting_ptr,
+    scores_ptr, lengths, keep, out_ptr, clear_ptr, clear_size, histograms_ptr, states_ptr, meeting_ptr,
     S, H, n, sink, recent, stride_b, stride_h, out_stride, splits, chunk,
-    FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Rounds FIRST to LAST. More than one: all programs of a row run at once, or it has one."""
-    row = (tl.program_id(0) // splits).to(tl.int64)
+    """Rounds FIRST to LAST. More than one: all programs of a row run at once, or it has one. HELD: a run is one tile,
+    whose keys stay in registers from round to round."""
+    program = tl.program_id(0).to(tl.int64)
+    row = program // splits
     split = tl.program_id(0) % splits
     b, h = row // H, row % H
     length, written, need, first, last = _row_bounds(lengths, keep, b, h, S, n, sink, recent, MODE)
     row_ptr = scores_ptr + b * stride_b + h * stride_h
+    histograms_ptr += row * 4 * splits * _DIGIT_BINS
+    begin = split * chunk
+    end = tl.minimum(begin + chunk, S)
     if FIRST == 0:
         _clear(clear_ptr, clear_size, BLOCK)
+    held = None
+    if HELD:
+        held, _ = _load_keys(row_ptr, begin + tl.arange(0, BLOCK), end, first, last)
+
+    # Of the k-th key: its first bytes, how many candidates with these are needed; and how many candidates of the runs
+    # before this one are better by them.
+    prefix, better_before = need * 0, need * 0
+    if states_ptr is not None:
+        states_ptr += program * 3
+    if FIRST > 0:
+        prefix, need, better_before = tl.load(states_ptr), tl.load(states_ptr + 1), tl.load(states_ptr + 2)
+    counts_before = tl.zeros([_DIGIT_BINS], tl.int32)
+    better_bins = tl.zeros([_DIGIT_BINS], tl.int32)
     for ROUND in tl.static_range(FIRST, LAST + 1):
         if ROUND > FIRST:
             if meeting_ptr is None:
                 tl.debug_barrier()
             else:
                 _meet(meeting_ptr + row * 2, split, splits, ROUND)
-        _run_round(
-            row_ptr, histograms_ptr, states_ptr, better_ptr, out_ptr + row * out_stride, row, split, splits, chunk,
-            S, n, length, written, need, first, last, ROUND, BLOCK, MODE,
+        if ROUND > 0:
+            counts, counts_before = _sum_counts(histograms_ptr, split, splits, ROUND - 1)
+            prefix, need, passed = _next_digit(counts, prefix, need, ROUND - 1)
+            better_bins += tl.where(passed, counts_before, 0)
+        if ROUND < _WRITE:
+            counts_ptr = histograms_ptr + (ROUND * splits + split) * _DIGIT_BINS
+            _count_digits(row_ptr, held, begin, end, first, last, prefix, counts_ptr, ROUND, BLOCK)
+    better_before += tl.sum(better_bins, 0)
+    if LAST == _WRITE:
+        ties_before = tl.sum(tl.where(tl.arange(0, _DIGIT_BINS) == (prefix & 255), counts_before, 0), 0)
+        _write(
+            row_ptr, held, begin, end, out_ptr + row * out_stride, n, length, written, first, last, prefix, need,
+            better_before, ties_before, BLOCK, MODE,
         )  # fmt: skip
+    else:
+        tl.store(states_ptr, prefix)
+        tl.store(states_ptr + 1, need)
+        tl.store(states_ptr + 2, better_before)
 
 
 @triton.jit(do_not_specialize=["S", "H", "total", "m", "blocks"])
@@ -417,15 +423,19 @@ def _select(scores, keep, n: int, sink: int, recent: int, lengths, out, clear, m
         return torch.empty(shape, dtype=dtype, device=scores.device)
 
     splits = config.splits
-    found = (workspace(rows, 4, splits, 256), workspace(rows, 4, 2), workspace(rows, splits))
+    histograms = workspace(rows, 4, splits, 256)
     grid, sizes = (rows * splits,), (*sizes, splits, config.chunk)
+    at_once = dict(FIRST=0, LAST=_WRITE, HELD=config.chunk <= config.block, **options)
     if splits == 1:
-        select_runs_kernel[grid](*arrays, *found, None, *sizes, FIRST=0, LAST=_WRITE, **options)
+        select_runs_kernel[grid](*arrays, histograms, None, None, *sizes, **at_once)
     elif _runs_at_once():
         meeting = workspace(rows, 2, dtype=torch.int64)
         select_runs_kernel[grid](
-            *arrays, *found, meeting, *sizes, FIRST=0, LAST=_WRITE, launch_cooperative_grid=True, maxnreg=128, **options
-        )  # fmt: skip
+            *arrays, histograms, None, meeting, *sizes, launch_cooperative_grid=True, maxnreg=128, **at_once
+        )
     else:
+        states = workspace(rows, splits, 3)
         for ROUND in range(_WRITE.value + 1):
-            select_runs_kernel[grid](*arrays, *found, None, *sizes, FIRST=ROUND, LAST=ROUND, **options)
+            select_runs_kernel[grid](
+                *arrays, histograms, states, None, *sizes, FIRST=ROUND, LAST=ROUND, HELD=False, **options
+            )

@@ -68,10 +68,15 @@ def launch_select(S):
         out = torch.empty(2, 1 if shared else 4, n, dtype=torch.int64)
         extra = lengths if ragged else None
         backend.topk_indices(torch.empty(2, 4, S), extra, 1, 1, shared, extra, out)
-    many = torch.empty(64, 4, min(S, 32768))  # rows for every multiprocessor
-    backend.topk_indices(many, None, 1, 1, False, None, torch.empty(64, 4, 1, dtype=torch.int64))
     backend.evict_slots(torch.empty(2, 4, S), 0, 0, None, torch.empty(2, 4, 1, dtype=torch.int64))
     backend.pool_scores(torch.empty(2, 4, S), 5, True, torch.empty(2, 4, S))
+
+
+def launch_select_many(S):
+    """Rows for every multiprocessor."""
+    from kvevict.backends import triton as backend
+
+    backend.topk_indices(torch.empty(64, 4, S), None, 1, 1, False, None, torch.empty(64, 4, 1, dtype=torch.int64))
 
 
 def launch_adaptive(S):
@@ -213,7 +218,11 @@ def matrix(target: str, rows, tiles, paged) -> None:
     case.clear()
     launch_mlp(4096, 576, torch.bfloat16)
     launch_select(4096)
+    launch_select(8192)
+    launch_select(16384)
     launch_select(131072)
+    for S in (4096, 8192, 32768, 131072):
+        launch_select_many(S)
     launch_adaptive(4096)
 
 
