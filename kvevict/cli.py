@@ -62,10 +62,13 @@ def demo(
     ] = None,
     device: Device = "cpu",
     output: Annotated[pathlib.Path, typer.Option(help="Where the picture goes.")] = pathlib.Path("kvevict-demo.png"),
+    html: Annotated[
+        pathlib.Path | None, typer.Option(help="Also write a page that shows the text and what of it is kept.")
+    ] = None,
 ) -> None:
     """Hide a fact in a long text, shrink the model's KV cache, and ask for the fact."""
     try:
-        demo_module.run(model, text, tokens, keep, policy or [], shares, weights, device, output)
+        demo_module.run(model, text, tokens, keep, policy or [], shares, weights, device, output, html)
     except models.Unavailable as error:
         print(f"kvevict demo: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

@@ -52,7 +52,7 @@ def test_both_are_complete_and_well_described(built):
     run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel)
     for names in (zipfile.ZipFile(wheel).namelist(), tarfile.open(sdist).getnames()):
         inside = [name.partition("kvevict/")[2] for name in names]
-        for wanted in ("kernels/rows.py", "py.typed", "data/smollm2-135m.scorer.safetensors"):
+        for wanted in ("kernels/rows.py", "py.typed", "data/smollm2-135m.scorer.safetensors", "data/demo.html"):
             assert wanted in inside, wanted
     assert f"kvevict-{kvevict.__version__}-" in wheel.name
 
