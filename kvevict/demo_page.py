@@ -26,7 +26,8 @@ _PLACE = "{{ DATA }}"  # in the template
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text of each token; joined, the text of all. Of a character in several tokens, the last one has it."""
     found: list[str] = []
-    context, pending = [], []  # what decides on a space in front; tokens that end within a character
+    context: list[int] = []
+    pending: list[int] = []  # what decides on a space in front; tokens that end within a character
     for i, token in enumerate(ids):
         pending.append(token)
         before = tokenizer.decode(context) if context else ""
