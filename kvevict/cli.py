@@ -74,9 +74,9 @@ def demo(
         raise typer.Exit(2) from None
 
 
-@app.command()
+@app.command(epilog=f"Presets: {', '.join(planner.presets())}.")
 def plan(
-    model: Annotated[str, typer.Option(help="Preset, config.json or its folder, or a Hugging Face id.")],
+    model: Annotated[str, typer.Option(help="Preset (below), config.json or its folder, or a Hugging Face id.")],
     context: Annotated[str, typer.Option(help="Tokens per request, such as 131072 or 128K.")] = "128K",
     batch: Annotated[int, typer.Option(help="Requests.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of weights and cache: fp32, bf16, fp16, fp8.")] = "bf16",
