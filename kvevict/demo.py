@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvevict import demo_page, models
 from kvevict.backends import backend, pick
-from kvevict.colors import color_of
+from kvevict.colors import line_of
 from kvevict.policies import NAMED, RECOMMENDED, Budget, Fixed, Hybrid, Learned, LearnedKV, Policy
 from kvevict.policies.shares import find
 
@@ -169,7 +169,7 @@ def draw(rows: list[Row], seen: int, fact: tuple[int, int], title: str, output: 
         line = [row for row in shrunk if row.policy == policy]
         axis.plot(
             [r.bytes / 2**20 for r in line], [r.loss for r in line],
-            marker=marker, markersize=4, label=policy, color=color_of(policy),
+            marker=marker, markersize=4, label=policy, **line_of(policy),
         )  # fmt: skip
     axis.axhline(rows[0].loss, color="black", linestyle="--", label="whole cache")
     axis.set(title="loss against memory", xlabel="cache (MiB)", ylabel="loss of the answer (nats/token)")
