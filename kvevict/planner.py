@@ -567,8 +567,11 @@ def draw(model: Any, result: Plan, path: pathlib.Path) -> None:
     layers, e = model_layers(model_config(model)[1]), BYTES[result.cache_dtype]
     contexts = [2**k for k in range(10, max(result.context.bit_length() + 2, 18))]
     with plt.style.context("tableau-colorblind10"):
-        figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-        for label, share, marker in (("whole cache", 1.0, "o"), (f"keep {result.keep:g}", result.keep, "s")):
+        figure, axis = plt.subplots(figsize=(7.6, 4), layout="constrained")
+        shares = [("whole cache", 1.0, "o")]
+        if result.recommendation is not None:
+            shares.append((f"keep {result.keep:g}", result.keep, "s"))
+        for label, share, marker in shares:
             sizes = [
                 cache_bytes(layers, n, e, result.batch, validate.kept_tokens(share, n, 0, 0)) + result.weights
                 for n in contexts
@@ -577,8 +580,10 @@ def draw(model: Any, result: Plan, path: pathlib.Path) -> None:
         axis.axhline(result.weights / 2**30, color="gray", linestyle=":", label="weights")
         if result.gpu_memory is not None:
             axis.axhline(result.gpu_memory / 2**30, color="black", linestyle="--", label="GPU memory")
+        if result.limit is not None:
+            axis.axvline(result.limit, color="black", linestyle=":", linewidth=0.8, label="the model's own limit")
         axis.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="weights and cache (GiB)")
         axis.set_title(f"{result.model}, batch {result.batch}, {result.cache_dtype} cache (computed)")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
         figure.savefig(path, dpi=130)
         plt.close(figure)
