@@ -94,13 +94,14 @@ test-vllm: .venv-vllm/.installed  ## the vLLM plugin in a real engine, in an env
 # Triton at other versions: the oldest that is supported, the pinned one, the newest. Its interpreter needs an older
 # numpy up to 3.6.
 VERSIONS ?= 3.6.0 3.7.1 3.9.0
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 SLICE = few_shapes_compile or by_hand or through_strides or tracking_one or padding or ragged_rows
 
 .venv-versions/%/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-versions/$*
-	grep -vE '^(triton|numpy)==' constraints.txt > .venv-versions/$*/constraints.txt
+	grep -vE '^(torch|triton|numpy)==' constraints.txt > .venv-versions/$*/constraints.txt
 	.venv-versions/$*/bin/python -m pip install --quiet --disable-pip-version-check \
-	    -c .venv-versions/$*/constraints.txt torch triton==$* \
+	    -c .venv-versions/$*/constraints.txt torch==$(TORCH) triton==$* \
 	    $(if $(filter 3.4.% 3.5.% 3.6.%,$*),'numpy<2.4',numpy) pytest hypothesis setuptools
 	.venv-versions/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@

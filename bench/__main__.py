@@ -10,6 +10,7 @@ bench/results/<device>/ as JSON; the table and the plots are made from it.
 """
 
 import argparse
+import importlib.util
 import os
 import pathlib
 import platform
@@ -63,6 +64,9 @@ def run(chosen, quick, progress=lambda iterable: iterable):
 
 
 def main(arguments=None):
+    for name in ("matplotlib", "rich"):
+        if importlib.util.find_spec(name) is None:
+            raise SystemExit(f"python -m bench needs {name}: pip install -e '.[bench]'")
     from rich.progress import track
 
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -36,7 +36,7 @@ import triton
 
 from bench import RESULTS, machine_code
 from bench.l2 import L2, share_missed
-from bench.report import COLORS
+from bench.report import COLORS, OUTSIDE
 from bench.trips import Executed, executed
 from kvevict import traffic
 from kvevict.backends import triton as backend
@@ -547,7 +547,7 @@ def plot(rows: list[dict], device: Device, path: pathlib.Path) -> None:
     axis.invert_yaxis()
     axis.margins(x=0.12)
     axis.set(xlabel="times the floor of two passes over K and one move", title="keydiff_compact: computed, not timed")
-    axis.legend(fontsize=7, ncols=4, loc="lower right")
+    axis.legend(**OUTSIDE)
     figure.supxlabel(f"{device.name}, from machine code · triton {triton.__version__} · {time.strftime('%Y-%m-%d')}",
                      fontsize=6)  # fmt: skip
     figure.savefig(path, dpi=130)

@@ -24,6 +24,7 @@ import kvevict
 import kvevict.hf  # its attention
 from bench import RESULTS, device_name
 from kvevict import models, ops
+from kvevict.colors import line_of
 from kvevict.evaluate import observe, read
 from kvevict.policies import (
     NAMED,
@@ -170,7 +171,8 @@ def run_sample(model, context, question, answer, both):
 
 
 def summary(lines):
-    """[{task, mode, policy, keep, loss, loss_error, hits, samples}] from the samples' lines."""
+    """[{task, mode, policy, keep, loss, loss_error, hits, samples, difference, difference_error}] from the samples'
+    lines; difference: of the loss to KeyDiff's of the same sample, where both keep that share."""
     cells = {}
     for line in lines:
         for mode, policies in line["results"].items():
@@ -180,10 +182,17 @@ def summary(lines):
     rows = []
     for (task, mode, policy, keep), found in cells.items():
         losses, hits = [loss for loss, _ in found], [hit for _, hit in found]
-        error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else float("nan")
         rows.append(dict(task=task, mode=mode, policy=policy, keep=keep, loss=statistics.mean(losses),
-                         loss_error=error, hits=statistics.mean(hits), samples=len(found)))  # fmt: skip
+                         loss_error=_error(losses), hits=statistics.mean(hits), samples=len(found)))  # fmt: skip
+        base = cells.get((task, mode, "keydiff", keep))
+        if base is not None:  # each line has every cell, so samples are in one order
+            pairs = [loss - other for loss, (other, _) in zip(losses, base, strict=True)]
+            rows[-1] |= dict(difference=statistics.mean(pairs), difference_error=_error(pairs))
     return rows
+
+
+def _error(values):
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
 
 
 def table(rows, caption):
@@ -210,31 +219,41 @@ def table(rows, caption):
 
 
 def draw(rows, caption, path):
+    """A row for each task and mode: the loss against the share kept, and its paired difference to KeyDiff's, with
+    intervals of 95 %, where the summary has it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     panels = list(dict.fromkeys((row["task"], row["mode"]) for row in rows))
-    columns = 4
-    with plt.style.context("tableau-colorblind10"):
-        height = math.ceil(len(panels) / columns)
-        figure, axes = plt.subplots(height, columns, figsize=(14, 3.4 * height), layout="constrained", squeeze=False)
-        for axis, (task, mode) in zip(axes.flat, panels, strict=False):
-            cells = [row for row in rows if (row["task"], row["mode"]) == (task, mode)]
-            whole = next(row for row in cells if row["policy"] == "whole")
-            for policy, marker in zip([*POLICIES, PYRAMID], "osv^D<>PXp*h8odsv^", strict=False):
-                line = sorted((r for r in cells if r["policy"] == policy), key=lambda r: r["keep"])
-                axis.errorbar([r["keep"] for r in line] + [1.0], [r["loss"] for r in line] + [whole["loss"]],
-                              [r["loss_error"] for r in line] + [0], marker=marker, markersize=4, linewidth=1,
-                              label=policy)  # fmt: skip
-            axis.set(title=f"{task}, question {mode}", xlabel="share of the cache kept", ylabel="loss (nats/token)")
-        for axis in list(axes.flat)[len(panels) :]:
-            axis.axis("off")
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, title=caption, title_fontsize=8)
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
+    columns = 2 if any("difference" in row for row in rows) else 1
+    figure, axes = plt.subplots(
+        len(panels), columns, figsize=(5.6 * columns, 3.2 * len(panels)), layout="constrained", squeeze=False
+    )
+    for of_panel, (task, mode) in zip(axes, panels, strict=True):
+        cells = [row for row in rows if (row["task"], row["mode"]) == (task, mode)]
+        whole = next(row for row in cells if row["policy"] == "whole")
+        for policy, marker in zip([*POLICIES, PYRAMID], "osv^D<>PXp*h8odsv^", strict=False):
+            line = sorted((r for r in cells if r["policy"] == policy), key=lambda r: r["keep"])
+            style = dict(marker=marker, markersize=4, label=policy, **line_of(policy))
+            of_panel[0].errorbar([r["keep"] for r in line] + [1.0], [r["loss"] for r in line] + [whole["loss"]],
+                                 [r["loss_error"] for r in line] + [0], **style)  # fmt: skip
+            if columns == 2 and policy != "keydiff":
+                of_panel[1].errorbar([r["keep"] for r in line], [r["difference"] for r in line],
+                                     [1.96 * r["difference_error"] for r in line], **style)  # fmt: skip
+        of_panel[0].axhline(whole["loss"], color="black", linestyle="--", linewidth=0.8)
+        of_panel[0].set(title=f"{task}, question {mode}", ylabel="loss (nats/token)")
+        if columns == 2:
+            of_panel[1].axhline(0, color="black", linestyle="--", linewidth=0.8)
+            of_panel[1].set(title="paired difference to keydiff", ylabel="nats/token, 95 %")
+    for axis in axes[-1]:
+        axis.set_xlabel("share of the cache kept")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
+    figure.suptitle(caption, fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def report(out, name, caption):

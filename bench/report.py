@@ -4,8 +4,9 @@ import json
 
 SCHEMA = 2
 COUNTED = "counted, not timed"
-# Okabe and Ito's colours, apart for colour-blind eyes, and two more; markers differ as well.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442", "#999999", "#7f3c8d")
+# Okabe and Ito's colours, apart for colour-blind eyes, for the first six; the rest is grey. Markers differ as well.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9") + 4 * ("#999999",)
+OUTSIDE = dict(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 MARKERS = "osv^D<>PX*"
 STAGES = {
     "anchor": ("partial_anchor_kernel",),
@@ -32,7 +33,7 @@ def _save(draw, result, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 4.8), layout="constrained")
     draw(axis, result)
     figure.supxlabel(f"{result['kind']} · {result['caption']}", fontsize=6)
     figure.savefig(path, dpi=130)
@@ -84,7 +85,10 @@ def roofline(axis, result):
                   label=f"{name}: {worst:.0%} to {best:.0%} {unit}")  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="operations per byte of the floor", ylabel="10¹² operations per second")
     axis.set_title("how far from the roof" if timed(result) else "where the counted bytes allow each op to be")
-    axis.legend(fontsize=7, loc="lower right")  # where no op is
+    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+
+
+SLOWER = {False: "the reference is written to be read", True: "slower, see bench/NOTES.md"}  # by `timed`
 
 
 def speedup(axis, result):
@@ -100,7 +104,8 @@ def speedup(axis, result):
     axis.barh(range(len(bars)), heights, color=COLORS[0])
     axis.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=6)
     for i, ratio in enumerate(heights):
-        axis.annotate(f" {ratio:.2g}×", (ratio, i), va="center", fontsize=7)
+        why = f": {SLOWER[timed(result)]}" if ratio < 1 else ""
+        axis.annotate(f" {ratio:.2g}×{why}", (ratio, i), va="center", fontsize=7)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.margins(x=0.15)
     axis.invert_yaxis()
@@ -115,7 +120,7 @@ def time(axis, result):
                   color=COLORS[i % 10], markersize=4, label=name)  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="S, cached tokens", ylabel="microseconds")
     axis.set_title("time" if timed(result) else "time that the counted bytes take at the stated bandwidth")
-    axis.legend(fontsize=7)
+    axis.legend(**OUTSIDE)
 
 
 def stages(axis, result):
@@ -129,7 +134,7 @@ def stages(axis, result):
         left = [a + b for a, b in zip(left, share, strict=True)]
     axis.set_yticks(range(len(rows)), [f"S={row['point']['S']}" for row in rows])
     axis.set(xlabel=f"share of the {'time' if timed(result) else 'bytes'}", title="keydiff_compact, by stage")
-    axis.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, -0.32))
+    axis.legend(**OUTSIDE)
 
 
 def table(result):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pathlib
 import sys
@@ -28,6 +29,20 @@ def root(
 ) -> None:
     """Shrink an LLM's KV cache to the tokens worth keeping."""
 
+
+def _require(*names: str) -> None:
+    """Said before anything is done, as the modules that need them are imported late."""
+    for name in names:
+        if name in sys.modules:
+            found = sys.modules[name] is not None
+        else:
+            found = importlib.util.find_spec(name) is not None
+        if not found:
+            print(f"kvevict needs {name} for that: pip install 'kvevict[hf]'", file=sys.stderr)
+            raise typer.Exit(2)
+
+
+RUNS_A_MODEL = ("transformers", "safetensors", "accelerate", "matplotlib")
 
 Model = Annotated[str, typer.Option(help="Hugging Face causal LM: an id or a folder.")]
 Text = Annotated[pathlib.Path | None, typer.Option(help="Text file to read; default: a public-domain text.")]
@@ -62,18 +77,22 @@ def demo(
     ] = None,
     device: Device = "cpu",
     output: Annotated[pathlib.Path, typer.Option(help="Where the picture goes.")] = pathlib.Path("kvevict-demo.png"),
+    html: Annotated[
+        pathlib.Path | None, typer.Option(help="Also write a page that shows the text and what of it is kept.")
+    ] = None,
 ) -> None:
     """Hide a fact in a long text, shrink the model's KV cache, and ask for the fact."""
+    _require(*RUNS_A_MODEL)
     try:
-        demo_module.run(model, text, tokens, keep, policy or [], shares, weights, device, output)
+        demo_module.run(model, text, tokens, keep, policy or [], shares, weights, device, output, html)
     except models.Unavailable as error:
         print(f"kvevict demo: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 
-@app.command()
+@app.command(epilog=f"Presets: {', '.join(planner.presets())}.")
 def plan(
-    model: Annotated[str, typer.Option(help="Preset, config.json or its folder, or a Hugging Face id.")],
+    model: Annotated[str, typer.Option(help="Preset (below), config.json or its folder, or a Hugging Face id.")],
     context: Annotated[str, typer.Option(help="Tokens per request, such as 131072 or 128K.")] = "128K",
     batch: Annotated[int, typer.Option(help="Requests.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of weights and cache: fp32, bf16, fp16, fp8.")] = "bf16",
@@ -86,6 +105,7 @@ def plan(
     plot: Annotated[pathlib.Path | None, typer.Option(help="Draw memory against context into this file.")] = None,
 ) -> None:
     """What a model's KV cache weighs before and after eviction, what then fits, and when evicting has paid."""
+    _require(*["matplotlib"] * (plot is not None))
     try:
         result = planner.plan(
             model, context=context, batch=batch, dtype=dtype, cache_dtype=cache_dtype, gpu_memory=gpu_memory, keep=keep,
@@ -125,6 +145,7 @@ def train(
     ),
 ) -> None:
     """Fit a learned scorer to a model: which tokens its later queries will attend to."""
+    _require(*RUNS_A_MODEL)
     try:
         if features == "kv":
             train_kv.run(
@@ -160,6 +181,7 @@ def budgets(
     ),
 ) -> None:
     """Measure how much of the cache each layer and head is worth, for kvevict.policies.Fixed."""
+    _require(*RUNS_A_MODEL)
     try:
         measure_shares.run(model, text or [], texts, tokens, keep, device, output, report)
     except models.Unavailable as error:
@@ -200,6 +222,7 @@ def evaluate_policies(
     ),
 ) -> None:
     """Hide words, numbers, a list and code in a text, cut the model's KV cache in every way, and ask for them."""
+    _require(*RUNS_A_MODEL)
     try:
         names = [name for part in policies for name in part.split(",")]
         keeps = [_share(share) for part in keep for share in part.split(",")]

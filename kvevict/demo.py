@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvevict import models
+from kvevict import demo_page, models
 from kvevict.backends import backend, pick
-from kvevict.colors import color_of
+from kvevict.colors import line_of
 from kvevict.policies import NAMED, RECOMMENDED, Budget, Fixed, Hybrid, Learned, LearnedKV, Policy
 from kvevict.policies.shares import find
 
@@ -169,7 +169,7 @@ def draw(rows: list[Row], seen: int, fact: tuple[int, int], title: str, output: 
         line = [row for row in shrunk if row.policy == policy]
         axis.plot(
             [r.bytes / 2**20 for r in line], [r.loss for r in line],
-            marker=marker, markersize=4, label=policy, color=color_of(policy),
+            marker=marker, markersize=4, label=policy, **line_of(policy),
         )  # fmt: skip
     axis.axhline(rows[0].loss, color="black", linestyle="--", label="whole cache")
     axis.set(title="loss against memory", xlabel="cache (MiB)", ylabel="loss of the answer (nats/token)")
@@ -260,8 +260,9 @@ def run(
     weights: pathlib.Path | None,
     device: str,
     output: pathlib.Path,
+    html: pathlib.Path | None = None,
 ) -> list[Row]:
-    """Run the demo, print its table, save its picture.
+    """Run the demo, print its table, save its picture, and its page (kvevict/demo_page.py).
 
     Raises:
         kvevict.models.Unavailable: a model, text, policy or device cannot be had, or an option makes no sense.
@@ -280,8 +281,9 @@ def run(
     for share in keep:
         if math.isnan(share) or not 0 < share <= 1 or share * tokens < 1:
             raise models.Unavailable(f"--keep is {share}: expected a share in (0, 1] of at least one token")
-    if not output.resolve().parent.is_dir():
-        raise models.Unavailable(f"--output is {output}: expected a file in an existing folder")
+    for option, path in (("output", output), ("html", html)):
+        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+            raise models.Unavailable(f"--{option} is {path}: expected a file in an existing folder")
     if shares not in SHARES:
         raise models.Unavailable(f"--shares is {shares}: expected one of {', '.join(SHARES)}")
     policies = chosen_policies(names or SIDE_BY_SIDE, weights)
@@ -361,5 +363,10 @@ def run(
         console.print("without learned, which the package has not for this model: `kvevict train` makes it")
     console.print(f"backend: {where}")
     console.print(f"the right answer: {ANSWER.strip()}   loss: nats per token of it   picture: {output}")
-    draw(rows, tokens, place_of_fact(tokenizer, tokens), title, output)
+    fact = place_of_fact(tokenizer, tokens)
+    draw(rows, tokens, fact, title, output)
+    if html is not None:
+        about = dict(about=f"{title}, {device}, torch {torch.__version__}", question=QUESTION, right=ANSWER)
+        demo_page.write(demo_page.page_data(rows, demo_page.pieces(tokenizer, ids[0].tolist()), fact, about), html)
+        console.print(f"page: {html}")
     return rows

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from kvevict import __version__, models, ops, tasks, validate
-from kvevict.colors import color_of
+from kvevict.colors import line_of
 from kvevict.policies import Fixed, LearnedKV, Observed, Policy, Shares, Tracker, model_wide
 from kvevict.policies.base import within
 from kvevict.policies.shares import find
@@ -303,8 +303,9 @@ def cell_text(row: dict, is_base: bool) -> str:
     return text if is_base else f"{text} ({row['difference']:+.2f} ± {row['difference_error']:.2f})"
 
 
-def draw(rows: Sequence[dict], caption: str, output: pathlib.Path) -> None:
-    """A panel for every column: the loss over the whole cache's against the share kept, of all tasks together."""
+def draw(rows: Sequence[dict], caption: str, base: tuple[str, str], output: pathlib.Path) -> None:
+    """A column of panels for every way in which a budget falls, of all tasks together: the loss over the whole cache's
+    against the share kept, and below it the paired difference to `base`, with intervals of 95 %."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -314,19 +315,27 @@ def draw(rows: Sequence[dict], caption: str, output: pathlib.Path) -> None:
     whole = next(row for row in rows if row["policy"] == "whole")
     columns = [c for c in COLUMNS if any(row["column"] == c for row in rows)]
     figure, axes = plt.subplots(
-        1, len(columns), figsize=(2.7 * len(columns) + 1.6, 3.6), layout="constrained", squeeze=False, sharey=True
+        2, len(columns), figsize=(2.7 * len(columns) + 1.6, 6.4), layout="constrained", squeeze=False, sharey="row"
     )
-    for axis, column in zip(axes[0], columns, strict=True):
+    for (axis, below), column in zip(axes.T, columns, strict=True):
         for policy, marker in zip(dict.fromkeys(r["policy"] for r in rows if r is not whole), _MARKERS, strict=False):
             line = sorted((r for r in rows if (r["policy"], r["column"]) == (policy, column)), key=lambda r: r["keep"])
+            style: dict[str, Any] = dict(marker=marker, markersize=4, label=policy, **line_of(policy))
             axis.errorbar(
                 [r["keep"] for r in line] + [1.0], [r["over_whole"] for r in line] + [0.0],
-                [r["over_whole_error"] for r in line] + [0.0], marker=marker, markersize=4, linewidth=1, label=policy,
-                color=color_of(policy),
+                [r["over_whole_error"] for r in line] + [0.0], **style,
             )  # fmt: skip
-        axis.axhline(0.0, color="black", linestyle="--", linewidth=0.8)
-        axis.set(title=column, xlabel="share of the cache kept")
-    axes[0][0].set_ylabel("loss over the whole cache's (nats/token)")
+            if (policy, column) != base:
+                below.errorbar(
+                    [r["keep"] for r in line], [r["difference"] for r in line],
+                    [1.96 * r["difference_error"] for r in line], **style,
+                )  # fmt: skip
+        for panel in (axis, below):
+            panel.axhline(0.0, color="black", linestyle="--", linewidth=0.8)
+        axis.set(title=column)
+        below.set(xlabel="share of the cache kept")
+    axes[0][0].set_ylabel("loss over the whole cache's\n(nats/token)")
+    axes[1][0].set_ylabel(f"paired difference to {base[0]}, {base[1]}\n(nats/token, 95 %)")
     axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(caption, fontsize=8)
     figure.savefig(output, dpi=130)
@@ -409,7 +418,8 @@ def run(
     )
     (out / "eval.json").write_text(json.dumps({"schema": 3, "caption": caption, "base": base, "rows": rows}, indent=1))
     (out / "eval.md").write_text(markdown(rows, caption, base, seen))
-    draw(rows, caption, out / "eval.png")
+    drawn = base_of("keydiff" if "keydiff" in names else names[0], columns)
+    draw(summary(lines, drawn), caption, drawn, out / "eval.png")
     together = [row for row in rows if row["task"] == ALL]
     whole = next(row for row in together if row["policy"] == "whole")
     shown = Table(title=f"{caption}\nwhole cache: {whole['loss']:.2f} nats, {whole['hits']:.0%} right")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.resources
 import json
 import pathlib
 import re
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,7 +42,7 @@ USES = {
 class Layer:
     """What one layer caches per token: `rows` KV heads of `width` elements, `key_width` of them K, the others V."""
 
-    kind: str  # "full", "sliding" or "none" (its state does not grow)
+    kind: str  # "full", "sliding", "shared" (reads another layer's cache) or "none" (its state does not grow)
     rows: int
     width: int
     key_width: int
@@ -62,14 +66,16 @@ class Recommendation:
 class Plan:
     """Sizes in bytes, times in seconds. before: the whole cache; after: full-attention layers cut to `kept` tokens."""
 
-    model: str
+    model: str  # as it was asked for
     context: int
+    limit: int | None  # tokens that the model was made for, where its configuration says so
     batch: int
     keep: float
     kept: int
     cache_dtype: str
     layers: dict[str, int]  # kind -> how many
-    bytes_per_token: int  # of all growing layers together
+    bytes_per_token: int  # of all full-attention layers together: what grows with the context, and can be evicted
+    window_bytes: int  # of all sliding layers together, whose windows are full; at this batch
     layer_bytes: int  # of the largest layer, before
     cache_before: int
     cache_after: int
@@ -84,7 +90,7 @@ class Plan:
     eviction_seconds: float  # computed at that bandwidth, not timed
     saved_seconds_per_step: float
     break_even_steps: float | None  # decode steps after which evicting has paid; None: nothing is evicted
-    recommendation: Recommendation
+    recommendation: Recommendation | None  # None: there is nothing to evict from
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,10 +104,10 @@ def presets() -> dict[str, dict[str, Any]]:
 
 
 def preset_name(model: str) -> str:
-    """The preset that a model's usual names lead to: "meta-llama/Llama-3.1-8B-Instruct" is shaped as "llama-3-8b"."""
+    """The preset that a model's usual names lead to: "meta-llama/Meta-Llama-3-8B" is shaped as "llama-3-8b"."""
     name = model.rpartition("/")[2].lower()
     name = re.sub(r"^(?:meta-)?llama-?([23])", r"llama-\1", name)
-    name = re.sub(r"^llama-3\.[13]-(8b|70b)", r"llama-3-\1", name)
+    name = name.replace("llama-3.3-70b", "llama-3.1-70b")
     return re.sub(r"(?:-hf|-chat|-instruct|-it|-pt|-base|-v0\.3)+$", "", name)
 
 
@@ -146,16 +152,56 @@ def model_config(model: Any) -> tuple[str, dict[str, Any]]:
     known = presets()
     name = preset_name(str(model))
     if name in known:
-        return name, known[name]
+        return str(model), known[name]
+    refusal = f"model is {str(model)!r}, no preset{_close(name, known)}"
+    instead = "`--model FOLDER/config.json` takes any model's configuration"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):  # nor a name on the hub
+        raise Unavailable(
+            f"{refusal}, no config.json and no Hugging Face id: presets are {', '.join(known)}; {instead}"
+        )
     try:
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        if not isinstance(try_to_load_from_cache(str(model), "config.json"), str):
+            _require_answer(constants.ENDPOINT)
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         return str(model), config.get_text_config(decoder=True).to_dict()
     except ImportError as error:
-        raise Unavailable(f"model is {model!r}, no preset ({', '.join(known)}), and transformers is missing") from error
+        reason = f"to look an id up, pip install 'kvevict[hf]' ({error.name} is missing)"
+        raise Unavailable(f"{refusal}; {reason}; presets are {', '.join(known)}; {instead}") from error
     except Exception as error:  # a configuration that transformers cannot take fails in many ways
-        raise Unavailable(f"model is {model!r}, no preset ({', '.join(known)}), and: {_first_line(error)}") from error
+        raise Unavailable(f"{refusal}, and: {_first_line(error)}; presets are {', '.join(known)}; {instead}") from error
+
+
+def _close(name: str, known: dict[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def _require_answer(endpoint: str) -> None:
+    """The hub's own client tries for minutes before it gives up.
+
+    Raises:
+        OSError: no answer within a second, a resolver's time included.
+    """
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(endpoint, timeout=1).close()
+            answered.set()
+        except urllib.error.HTTPError:
+            answered.set()
+        except OSError:
+            pass
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(0.9)
+    if not answered.is_set():
+        raise OSError(f"{endpoint} does not answer")
 
 
 def model_layers(config: dict[str, Any]) -> list[Layer]:
@@ -171,7 +217,9 @@ def model_layers(config: dict[str, Any]) -> list[Layer]:
     kv_heads = _size(config, "num_key_value_heads", heads)
     head_dim = _size(config, "head_dim", 0) or _size(config, "hidden_size") // heads
     window = _size(config, "sliding_window", 0) or None
-    full = Layer("full", kv_heads, 2 * head_dim, head_dim)
+    own = _of_full_layers(config)  # Gemma 4's are wider, and may have fewer heads
+    full_heads, full_dim = _size(own, "num_key_value_heads", kv_heads), _size(own, "head_dim", head_dim)
+    full = Layer("full", full_heads, 2 * full_dim, full_dim)
     sliding, chunked = (
         Layer("sliding", kv_heads, 2 * head_dim, head_dim, held)
         for held in (window, _size(config, "attention_chunk_size", 0) or None)
@@ -185,13 +233,26 @@ def model_layers(config: dict[str, Any]) -> list[Layer]:
     if kinds:
         if not isinstance(kinds, list) or len(kinds) != count or not all(isinstance(kind, str) for kind in kinds):
             raise ValueError(f"the configuration's layer_types are {str(kinds)[:80]}: expected {count} strings")
-        return [by_type.get(kind, Layer("none", 0, 0, 0)) for kind in kinds]
+        sharing = _size(config, "num_kv_shared_layers", 0) if config.get("num_kv_shared_layers") else 0
+        found = [by_type.get(kind, Layer("none", 0, 0, 0)) for kind in kinds[: count - sharing]]
+        return found + [Layer("shared", 0, 0, 0)] * (count - len(found))
     if not window or config.get("use_sliding_window") is False:
         return [full] * count
     pattern = _size(config, "sliding_window_pattern", 0)  # every so many layers one with full attention
     if pattern:
         return [full if (i + 1) % pattern == 0 else sliding for i in range(count)]
     return [sliding] * count
+
+
+def _of_full_layers(config: dict[str, Any]) -> dict[str, Any]:
+    """head_dim and num_key_value_heads of full-attention layers, where they are not the sliding ones': as Gemma 4's
+    config.json says it, or as transformers' configuration object does."""
+    for overrides in (config.get("per_layer_config") or {}).values():
+        return overrides
+    own = {"head_dim": config.get("global_head_dim")}
+    if config.get("attention_k_eq_v"):
+        own["num_key_value_heads"] = config.get("num_global_key_value_heads")
+    return own
 
 
 def _size(config: dict[str, Any], name: str, default: int | None = None, most: int = 2**40) -> int:
@@ -312,15 +373,22 @@ def plan(
     tokens = quantity("context", context)
     validate.integer("batch", batch, 1)
     memory = None if gpu_memory is None else quantity("gpu_memory", gpu_memory)
+    if memory is not None and memory < 2**20:
+        raise ValueError(f"gpu_memory is {gpu_memory!r}: expected bytes, or a number with a unit, such as 80GiB")
     if validate.number("bandwidth", bandwidth) <= 0:
         raise ValueError(f"bandwidth is {bandwidth}: expected bytes a second")
     if not isinstance(keep, float):
         raise TypeError(f"keep is {keep!r}: expected a float in (0, 1], a share")
     kept = validate.kept_tokens(keep, tokens, 0, 0)
-    recommendation = recommend(use, tokens)
+    recommendation: Recommendation | None = recommend(use, tokens)
     name, config = model_config(model)
     layers = model_layers(config)
     notes = []
+    if preset_name(name) != name and preset_name(name) in presets():
+        notes.append(f"shaped as the preset {preset_name(name)}")
+    limit = _size(config, "max_position_embeddings", 0) or None
+    if limit is not None and tokens > limit:
+        notes.append(f"{tokens:,} tokens are beyond the model's own limit, {limit:,}")
     if cache_dtype is None and _stores_fp8(config):
         cache_dtype = "float8"
         notes.append("the configuration stores K and V as float8")
@@ -329,11 +397,14 @@ def plan(
     weights = _parameters(config) * BYTES[dtype]
     if config.get("kv_lora_rank"):
         notes.append("MLA: a latent vector per token, as engines and transformers >= 5.17 store it; older ones K and V")
-    kinds = {kind: sum(layer.kind == kind for layer in layers) for kind in ("full", "sliding", "none")}
+    kinds = {kind: sum(layer.kind == kind for layer in layers) for kind in ("full", "sliding", "shared", "none")}
     if kinds["none"]:
         notes.append(f"{kinds['none']} layers keep a state that does not grow; it is not counted")
     if not kinds["full"]:
         notes.append("no layer has full attention: there is nothing to evict from")
+        recommendation = None
+    if memory is not None and weights > memory:
+        notes.append(f"the weights alone, {_bytes(weights)} in {dtype}, do not fit {_bytes(memory)}")
 
     def fits(tokens: int, batch: int, evicted: bool) -> bool:
         left = validate.kept_tokens(keep, tokens, 0, 0) if evicted else None
@@ -361,12 +432,14 @@ def plan(
     return Plan(
         model=name,
         context=tokens,
+        limit=limit,
         batch=batch,
         keep=keep,
         kept=kept,
         cache_dtype=cache_dtype,
         layers={kind: count for kind, count in kinds.items() if count},
-        bytes_per_token=sum(layer.rows * layer.width * e for layer in layers),
+        bytes_per_token=sum(layer.rows * layer.width * e for layer in full),
+        window_bytes=cache_bytes([layer for layer in layers if layer.kind == "sliding"], tokens, e, batch),
         layer_bytes=max(cache_bytes([layer], tokens, e, batch) for layer in layers),
         cache_before=before,
         cache_after=after,
@@ -404,38 +477,73 @@ def _stores_fp8(config: dict[str, Any]) -> bool:
     return inside(quantization, "kv_cache_scheme").get("num_bits") == 8 or algorithm.upper() == "FP8"
 
 
+def _bytes(value: float) -> str:
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:.0f} B"
+
+
 def show(result: Plan) -> None:
     """Print a plan as a table."""
     from rich.console import Console
     from rich.table import Table
 
-    def size(value: float) -> str:
-        return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.2f} MiB"
-
     table = Table(title=f"{result.model}, {result.context:,} tokens, batch {result.batch}, {result.cache_dtype} cache")
-    for column in ("", "before", f"keep {result.keep:g}"):
+    evicts = result.recommendation is not None
+    for column in ("", "before", f"keep {result.keep:g}")[: 3 if evicts else 2]:
         table.add_column(column, justify="right" if column else "left")
-    kinds = ", ".join(f"{count} {kind}" for kind, count in result.layers.items())
-    table.add_row("layers", kinds, "")
-    table.add_row("cache per token", size(result.bytes_per_token), "")
-    table.add_row("largest layer", size(result.layer_bytes), "")
-    table.add_row("cache", size(result.cache_before), size(result.cache_after))
-    table.add_row("weights", size(result.weights), size(result.weights))
+
+    def row(name: str, before: str, after: str = "") -> None:
+        table.add_row(name, before, *[after] * evicts)
+
+    row("layers", ", ".join(f"{count} {kind}" for kind, count in result.layers.items()))
+    if evicts:
+        row("cache per token", _bytes(result.bytes_per_token))
+    if result.window_bytes:
+        row("of sliding layers, in all", _bytes(result.window_bytes), _bytes(result.window_bytes))
+    row("largest layer", _bytes(result.layer_bytes))
+    row("cache", _bytes(result.cache_before), _bytes(result.cache_after))
+    row("weights", _bytes(result.weights), _bytes(result.weights))
+    if result.limit is not None:
+        row("the model's own limit", f"{result.limit:,} tokens")
     if result.gpu_memory is not None:
-        both = size(result.weights + result.cache_before), size(result.weights + result.cache_after)
-        table.add_row(f"in all, of {size(result.gpu_memory)}", *both)
-        table.add_row("largest context", f"{result.largest_context_before:,}", f"{result.largest_context_after:,}")
-        table.add_row("largest batch", f"{result.largest_batch_before:,}", f"{result.largest_batch_after:,}")
-    table.add_row("workspace of evicting", "", size(result.workspace))
-    table.add_row("evicting, computed", "", f"{result.eviction_seconds * 1e3:.2f} ms")
-    table.add_row("saved per decode step", "", f"{result.saved_seconds_per_step * 1e3:.3f} ms")
-    steps = "-" if result.break_even_steps is None else f"{result.break_even_steps:.1f} steps"
-    table.add_row("evicting has paid after", "", steps)
+        both = _bytes(result.weights + result.cache_before), _bytes(result.weights + result.cache_after)
+        row(f"in all, of {_bytes(result.gpu_memory)}", *both)
+        if result.weights > result.gpu_memory:
+            row("what fits", "not the weights", "not the weights")
+        else:
+            contexts = (result.largest_context_before, result.largest_context_after)
+            row("largest context", *(_most_said(n, 2**31) for n in contexts))
+            row(
+                "largest batch",
+                *(_most_said(n, 2**20) for n in (result.largest_batch_before, result.largest_batch_after)),
+            )
+    if evicts:
+        row("workspace of evicting", "", _bytes(result.workspace))
+        row("evicting, computed", "", f"{result.eviction_seconds * 1e3:.2f} ms")
+        row("saved per decode step", "", f"{result.saved_seconds_per_step * 1e3:.3f} ms")
+        steps = "-" if result.break_even_steps is None else f"{result.break_even_steps:.1f} steps"
+        row("evicting has paid after", "", steps)
     console = Console()
     console.print(table)
-    console.print(f"computed at {result.bandwidth / 1e12:.2f} TB/s, not timed; a prompt that is read whole needs its")
-    console.print(f"cache whole while it is read: EvictingCache(budget={result.kept}) and chunks need budget + chunk")
-    advice = result.recommendation
+    if result.recommendation is not None:
+        console.print(
+            f"computed at {result.bandwidth / 1e12:.2f} TB/s, not timed; a prompt that is read whole needs its"
+        )
+        console.print(
+            f"cache whole while it is read: EvictingCache(budget={result.kept}) and chunks need budget + chunk"
+        )
+        _show_advice(console, result.recommendation)
+    for note in result.notes:
+        console.print(f"note: {note}")
+
+
+def _most_said(most: int | None, limit: int) -> str:
+    return "any" if most == limit else f"{most:,}"
+
+
+def _show_advice(console: Any, advice: Recommendation) -> None:
     if advice.keep is None:
         keep = "not measured to be enough at any share"
     else:
@@ -443,10 +551,10 @@ def show(result: Plan) -> None:
     console.print(f"for {advice.use}: {advice.policy}, {keep}" + (f": {advice.measured}" if advice.measured else ""))
     if advice.policy == "learned":
         console.print("learned needs a scorer of the model: `kvevict train`; without one, policy RECOMMENDED")
+    if advice.policy in ("RECOMMENDED", "learned"):
+        console.print('RECOMMENDED, or "recommended": attention of the last query and KeyDiff, in equal parts')
     if advice.budget.endswith("shares"):
         console.print("shares of the model are measured by `kvevict budgets`")
-    for note in result.notes:
-        console.print(f"note: {note}")
 
 
 def draw(model: Any, result: Plan, path: pathlib.Path) -> None:
@@ -459,8 +567,11 @@ def draw(model: Any, result: Plan, path: pathlib.Path) -> None:
     layers, e = model_layers(model_config(model)[1]), BYTES[result.cache_dtype]
     contexts = [2**k for k in range(10, max(result.context.bit_length() + 2, 18))]
     with plt.style.context("tableau-colorblind10"):
-        figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-        for label, share, marker in (("whole cache", 1.0, "o"), (f"keep {result.keep:g}", result.keep, "s")):
+        figure, axis = plt.subplots(figsize=(7.6, 4), layout="constrained")
+        shares = [("whole cache", 1.0, "o")]
+        if result.recommendation is not None:
+            shares.append((f"keep {result.keep:g}", result.keep, "s"))
+        for label, share, marker in shares:
             sizes = [
                 cache_bytes(layers, n, e, result.batch, validate.kept_tokens(share, n, 0, 0)) + result.weights
                 for n in contexts
@@ -469,8 +580,10 @@ def draw(model: Any, result: Plan, path: pathlib.Path) -> None:
         axis.axhline(result.weights / 2**30, color="gray", linestyle=":", label="weights")
         if result.gpu_memory is not None:
             axis.axhline(result.gpu_memory / 2**30, color="black", linestyle="--", label="GPU memory")
+        if result.limit is not None:
+            axis.axvline(result.limit, color="black", linestyle=":", linewidth=0.8, label="the model's own limit")
         axis.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="weights and cache (GiB)")
         axis.set_title(f"{result.model}, batch {result.batch}, {result.cache_dtype} cache (computed)")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
         figure.savefig(path, dpi=130)
         plt.close(figure)

@@ -52,7 +52,7 @@ def test_both_are_complete_and_well_described(built):
     run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel)
     for names in (zipfile.ZipFile(wheel).namelist(), tarfile.open(sdist).getnames()):
         inside = [name.partition("kvevict/")[2] for name in names]
-        for wanted in ("kernels/rows.py", "py.typed", "data/smollm2-135m.scorer.safetensors"):
+        for wanted in ("kernels/rows.py", "py.typed", "data/smollm2-135m.scorer.safetensors", "data/demo.html"):
             assert wanted in inside, wanted
     assert f"kvevict-{kvevict.__version__}-" in wheel.name
 
@@ -73,3 +73,18 @@ def test_without_transformers_the_command_to_install_it_is_said(tmp_path):
     script = "import sys; sys.modules['transformers'] = None; import kvevict.hf"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stderr.strip().endswith("kvevict.hf needs transformers: pip install 'kvevict[hf]'")
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [("transformers", ["demo"]), ("matplotlib", ["eval"]), ("safetensors", ["train"]), ("accelerate", ["budgets"]),
+     ("matplotlib", ["plan", "--model", "llama-3-8b", "--plot", "a.png"])],
+    ids=str,
+)  # fmt: skip
+def test_a_command_says_what_is_missing_before_it_begins(missing, arguments, monkeypatch, capsys):
+    typer = pytest.importorskip("typer")
+    from kvevict import cli
+
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert typer.main.get_command(cli.app)(arguments, standalone_mode=False) == 2
+    assert capsys.readouterr().err == f"kvevict needs {missing} for that: pip install 'kvevict[hf]'\n"

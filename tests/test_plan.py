@@ -5,6 +5,8 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,14 +30,19 @@ def test_llama_2_7b_at_128k_holds_2_gib_a_layer():
 @pytest.mark.parametrize(
     ("name", "preset"),
     [("meta-llama/Llama-2-7b-chat-hf", "llama-2-7b"), ("meta-llama/Meta-Llama-3-8B", "llama-3-8b"),
-     ("meta-llama/Llama-3.1-70B-Instruct", "llama-3-70b"), ("llama2-13b", "llama-2-13b"), ("Qwen/Qwen3-8B", "qwen3-8b"),
+     ("meta-llama/Llama-3.1-70B-Instruct", "llama-3.1-70b"), ("llama2-13b", "llama-2-13b"),
+     ("Qwen/Qwen3-8B", "qwen3-8b"),
      ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b"), ("mistralai/Mistral-7B-v0.1", "mistral-7b-v0.1"),
      ("google/gemma-3-27b-it", "gemma-3-27b"), ("deepseek-ai/DeepSeek-V3", "deepseek-v3"),
-     ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m")],
+     ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m"), ("openai/gpt-oss-20b", "gpt-oss-20b"),
+     ("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b"), ("google/gemma-4-E4B-it", "gemma-4-e4b"),
+     ("Qwen/Qwen3-235B-A22B", "qwen3-235b-a22b"), ("meta-llama/Llama-3.3-70B-Instruct", "llama-3.1-70b")],
 )  # fmt: skip
 def test_presets_go_by_their_usual_names(name, preset):
-    assert kvevict.plan(name, context=1024) == kvevict.plan(preset, context=1024)
-    assert kvevict.plan(preset).model == preset
+    asked, known = kvevict.plan(name, context=1024), kvevict.plan(preset, context=1024)
+    assert (asked.model, known.model) == (name, preset)
+    assert f"shaped as the preset {preset}" in asked.notes
+    assert replace(asked, model=preset, notes=known.notes) == known
 
 
 def test_layers_of_every_kind():
@@ -46,6 +53,13 @@ def test_layers_of_every_kind():
     assert gemma.layers == {"full": 10, "sliding": 52}
     assert gemma.cache_before == token * (10 * 32768 + 52 * 1024)
     assert gemma.cache_after == token * (10 * 16384 + 52 * 1024)
+    assert gemma.bytes_per_token == 10 * token and gemma.window_bytes == 52 * 1024 * token
+    four = kvevict.plan("gemma-4-31b", context="32K", keep=0.5)  # 10 layers of 4 heads of 512, 50 of 16 of 256
+    assert four.cache_before == 2 * 2 * (10 * 32768 * 4 * 512 + 50 * 1024 * 16 * 256)
+    assert four.bytes_per_token == 2 * 2 * 10 * 4 * 512 and four.limit == 2**18
+    shared = kvevict.plan("gemma-4-e2b", context=1024)  # the last 20 of 35 read what others cached
+    assert shared.layers == {"full": 3, "sliding": 12, "shared": 20}
+    assert shared.cache_before == 2 * 2 * (3 * 1024 * 512 + 12 * 512 * 256)
     deepseek = kvevict.plan("deepseek-v3", context="32K")
     assert deepseek.cache_before == 61 * 32768 * (512 + 64) * 2
     assert any("MLA" in note for note in deepseek.notes)
@@ -126,6 +140,9 @@ FAMILIES = {
     "llama": dict(model_type="llama"),
     "gemma3": dict(model_type="gemma3_text", sliding_window=64, head_dim=16, num_hidden_layers=6),
     "qwen3": dict(model_type="qwen3", head_dim=32),
+    "gemma4": dict(model_type="gemma4_text", sliding_window=64, head_dim=16, global_head_dim=16, num_hidden_layers=6,
+                   layer_types=["sliding_attention", "full_attention"] * 3, num_kv_shared_layers=2,
+                   hidden_size_per_layer_input=8, vocab_size_per_layer_input=64),
     "deepseek_v3": dict(model_type="deepseek_v3", kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16,
                         v_head_dim=16, q_lora_rank=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
                         topk_group=1, moe_intermediate_size=32, num_key_value_heads=4),
@@ -153,10 +170,26 @@ def test_bytes_are_those_of_real_caches(family):
         report = cut.report()
     slack = sum(kind == "sliding" for kind in (layer.kind for layer in planner.model_layers(config.to_dict())))
     window_row = 3 * 2 * 2 * 16 * 4  # transformers keeps window - 1 tokens of a sliding layer between forwards
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in whole.layers)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in whole.layers if layer.keys is not None)
     assert plan.cache_before == held + slack * window_row
     assert sum(r.bytes for r in report) == plan.cache_after - (slack * 64 * window_row)
     assert len(report) == plan.layers["full"]
+
+
+@torch.no_grad()
+def test_bytes_where_full_layers_are_wider_and_share_less():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(
+        "gemma4_text", vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, global_head_dim=32, num_global_key_value_heads=1, attention_k_eq_v=True,
+        layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=64, hidden_size_per_layer_input=0,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    whole = transformers.DynamicCache(config=config)
+    model(torch.randint(1, 64, (3, 200)), past_key_values=whole)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in whole.layers)
+    row_of_windows = 2 * 3 * 2 * 2 * 16 * 4  # transformers keeps window - 1 tokens
+    assert kvevict.plan(config, context=200, batch=3, dtype="float32").cache_before == held + row_of_windows
 
 
 def test_what_fits_is_the_most_that_fits():
@@ -227,7 +260,9 @@ def test_recommendations_are_what_was_measured():
     ("options", "error", "match"),
     [(dict(context="12X"), ValueError, "context is '12X'"), (dict(context=0), ValueError, "context is 0"),
      (dict(batch=0), ValueError, "batch is 0"), (dict(dtype="int3"), ValueError, "dtype is 'int3'"),
-     (dict(gpu_memory="much"), ValueError, "gpu_memory is 'much'"), (dict(keep=1.5), ValueError, "keep is 1.5"),
+     (dict(gpu_memory="much"), ValueError, "gpu_memory is 'much'"),
+     (dict(gpu_memory="8"), ValueError, "gpu_memory is '8': expected bytes, or a number with a unit"),
+     (dict(keep=1.5), ValueError, "keep is 1.5"),
      (dict(keep=5), TypeError, "keep is 5"), (dict(bandwidth=0), ValueError, "bandwidth is 0"),
      (dict(use="poetry"), ValueError, "use is 'poetry'"), (dict(model="no/such/folder.json"), Unavailable, "no/such")],
     ids=str,
@@ -235,6 +270,45 @@ def test_recommendations_are_what_was_measured():
 def test_bad_arguments_are_named(options, error, match):
     with pytest.raises(error, match=match):
         kvevict.plan(**(dict(model="llama-3-8b") | options))
+
+
+def test_an_unknown_name_is_answered_at_once(monkeypatch):
+    """With what is close, what there is, and what to do; the hub's client alone would try for minutes."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    for name in ("lama-3-8b", "Qwen/Qwen3-9B", "nothing like it", "nobody/nothing"):
+        start = time.perf_counter()
+        with pytest.raises(Unavailable) as refusal:
+            kvevict.plan(name)
+        assert time.perf_counter() - start < 1.5  # a second, on a machine that may be busy
+        message = str(refusal.value)
+        assert f"model is {name!r}" in message and "presets are llama-2-7b, " in message
+        assert message.endswith("`--model FOLDER/config.json` takes any model's configuration") and "\n" not in message
+    with pytest.raises(Unavailable, match="did you mean llama-3-8b"):
+        kvevict.plan("lama-3-8b")
+    with pytest.raises(Unavailable, match="http://127.0.0.1:9 does not answer"):
+        kvevict.plan("nobody/nothing")
+
+
+def shown(capsys, *arguments, **options):
+    planner.show(kvevict.plan(*arguments, **options))
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_what_is_shown(capsys):
+    pytest.importorskip("rich")
+    said = shown(capsys, "meta-llama/Llama-3.1-8B", context=2**18, gpu_memory="20GiB", keep=0.25)
+    assert said.startswith("meta-llama/Llama-3.1-8B, 262,144 tokens") and "128.00 KiB" in said
+    assert "the model's own limit │ 131,072 tokens" in said
+    assert "note: 262,144 tokens are beyond the model's own limit, 131,072" in said
+    assert '"recommended": attention of the last query and KeyDiff' in said
+    small = shown(capsys, "llama-3.1-70b", gpu_memory="80GiB")
+    assert "not the weights" in small and "the weights alone, 131.42 GiB in bfloat16, do not fit 80.00 GiB" in small
+    assert "largest context" not in small
+    sliding = shown(capsys, "mistral-7b-v0.1", gpu_memory="80GiB")
+    assert "there is nothing to evict from" in sliding and "largest context │ any" in sliding
+    assert "keep" not in sliding and "per token" not in sliding and "for general" not in sliding
+    assert kvevict.plan("mistral-7b-v0.1").recommendation is None
 
 
 def command(*arguments):

@@ -11,6 +11,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvevict
 from bench import quality
+from kvevict.colors import GREY, line_of
+from kvevict.policies import NAMED
 
 
 class Characters:
@@ -96,12 +98,25 @@ def test_summary_table_and_plot(tmp_path):
         cells |= {
             p: {str(k): (1.0 + shift, shift > 0) for k in quality.KEEPS} for p in (*quality.POLICIES, quality.PYRAMID)
         }
+        cells["tova"]["0.5"] = (1.0 + 3 * shift + 0.25, True)
         return dict(task="fact", sample=sample, results={"unseen": cells})
 
     rows = quality.summary([line(0, -0.5), line(1, 0.5)])
     row = next(r for r in rows if r["policy"] == "keydiff" and r["keep"] == 0.5)
     assert row["loss"] == 1.0 and row["hits"] == 0.5 and row["samples"] == 2
     assert row["loss_error"] == pytest.approx(math.sqrt(0.5) / math.sqrt(2))
+    assert (row["difference"], row["difference_error"]) == (0, 0)
+    paired = next(r for r in rows if r["policy"] == "tova" and r["keep"] == 0.5)
+    assert paired["difference"] == pytest.approx(0.25)  # of -0.75 and 1.25, sample by sample
+    assert paired["difference_error"] == pytest.approx(math.sqrt(2) / math.sqrt(2))
     assert "| keydiff | 1.00 ± 0.50, 50% |" in quality.table(rows, "caption")
     quality.draw(rows, "caption", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_at_most_six_policies_have_a_colour():
+    every = {*quality.POLICIES, quality.PYRAMID, *NAMED, "recommended", "learned", "kvzip"}
+    styles = {policy: line_of(policy) for policy in every}
+    colored = {style["color"] for style in styles.values()} - {GREY}
+    assert len(colored) == 6 and styles["recommended"] == styles["tova + keydiff"]
+    assert all(style["zorder"] < styles["keydiff"]["zorder"] for style in styles.values() if style["color"] == GREY)
