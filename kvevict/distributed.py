@@ -383,7 +383,7 @@ class _Part:
 
     def check(self) -> dict[str, object]:
         """What must be the same on all ranks."""
-        validate.integer("tokens", self.tokens, 1)
+        validate.integer("tokens", self.tokens, 1, 2**31)  # a position and a score's 32 bits are one int64
         for name in ("keys", "values", "positions"):
             x = getattr(self, name)
             at = -1 if name == "positions" else 2
@@ -398,7 +398,7 @@ class _Part:
         positions = validate.tensor("positions", self.positions, ndim, (torch.int32, torch.int64), keys)
         if positions.shape not in ((L,), (B, H, L)):
             raise ValueError(f"positions has shape {tuple(positions.shape)}: expected ({L},) or ({B}, {H}, {L})")
-        self.positions = positions.long().expand(B, H, L)
+        self.positions = positions.long().contiguous().expand(B, H, L)
         return _facts(keys, self.values) | {"tokens": self.tokens, "lengths": self._check_lengths(B)}
 
     def _check_lengths(self, B: int) -> object:
@@ -473,69 +473,45 @@ def _check_shard(shard: Shard) -> tuple[Tensor, Tensor]:
 
 
 def _select_and_compact(part: _Part, scores: Tensor, keep, sink: int, recent: int, heads: str, inplace: bool) -> Shard:
-    positions, present, ends = part.positions, part.present(), part.ends()
+    positions, ends = part.positions, part.ends()
     n = validate.kept_tokens(keep, part.tokens, sink, recent)
     kept = validate.kept_lengths(keep, ends) if part.lengths is not None else torch.full_like(ends, n)
     if heads == "shared":
         total = scores[:, :1].clone()
         for h in range(1, scores.shape[1]):  # in head order, as one process adds
             total += scores[:, h : h + 1]
-        scores, positions, present = total / scores.shape[1], positions[:, :1], present[:, :1]
-    mask = _kept_mask(scores, positions, present, ends, kept, sink, recent, part.tokens, part.group)
-
+        scores, positions = total / scores.shape[1], positions[:, :1]
     B, H, L = part.keys.shape[:3]
-    slots = torch.arange(L, device=mask.device)
-    order = torch.where(mask, slots, L).sort(-1).values[..., : min(n, L)].expand(B, H, -1)
-    indices = order.masked_fill(order == L, -1)
-    moved = ops.compact(part.keys, part.values, indices, inplace=inplace)
-    where = part.positions.gather(-1, indices.clamp(min=0)).masked_fill(indices < 0, -1)
-    return Shard(moved.keys, moved.values, where, mask.sum(-1).expand(B, H).contiguous())
+    slots, held = _kept_slots(part, scores, positions, ends, kept, sink, recent, min(n, L))
+    slots, held = slots.expand(B, H, -1), held.expand(B, H).contiguous()
+    moved = ops.compact(part.keys, part.values, slots, inplace=inplace)
+    where = part.positions.gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, -1)
+    return Shard(moved.keys, moved.values, where, held)
 
 
-def _kept_mask(
-    scores: Tensor, positions: Tensor, present: Tensor, ends: Tensor, kept: Tensor, sink: int, recent: int, tokens: int,
-    group: dist.ProcessGroup,
-) -> Tensor:  # fmt: skip
-    """[B, H, L] bool: this rank's part of what `topk_indices` keeps. ends, kept [B, 1, 1]: a request's length, and how
-    many of its tokens stay."""
+def _kept_slots(
+    part: _Part, scores: Tensor, positions: Tensor, ends: Tensor, kept: Tensor, sink: int, recent: int, most: int
+) -> tuple[Tensor, Tensor]:
+    """This rank's part of what `topk_indices` keeps: [B, H, most] slots, -1 behind the last, and their number [B, H].
+    ends, kept [B, 1, 1]: a request's length, and how many of its tokens stay."""
+    B, H, _ = scores.shape
     sinks = kept.clamp(max=sink)
     recents = (kept - sinks).clamp(max=recent)
-    protected = present & ((positions < sinks) | (positions >= ends - recents))
-    competes = present & ~protected
-    need = (kept - sinks - recents)[..., 0].expand(scores.shape[:2])
-    numbers = _in_order(scores)
-    worst, ties = _nth(numbers, competes, need, _SCORE_BITS, group)
-    tied = competes & (numbers == worst[..., None])
-    last, _ = _nth(positions, tied, ties, max(tokens - 1, 1).bit_length(), group)
-    chosen = (numbers < worst[..., None]) | (tied & (positions <= last[..., None]))
-    return protected | (competes & chosen & (need > 0)[..., None])
-
-
-def _in_order(scores: Tensor) -> Tensor:
-    """float32 -> int64 from 0 to 2³² - 1: the best score first, -0.0 as 0.0, NaN last."""
-    bits = scores.masked_fill(scores == 0.0, 0.0).contiguous().view(torch.int32)
-    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (-1 - ascending).masked_fill(scores.isnan(), 0x7FFFFFFF).long() + 2**31
-
-
-def _nth(numbers: Tensor, competes: Tensor, nth: Tensor, bits: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """[B, H] twice: the nth smallest (from 1) of each row's competing numbers of that many bits over all ranks, the
-    largest where there are fewer; and which of its equals that is (from 1)."""
-    prefix = torch.zeros_like(nth)
-    left = bits
+    limits = torch.cat([sinks, ends - recents, ends, kept - sinks - recents], 1)[..., 0]
+    before = summed = None
+    bits = max(part.tokens - 1, 1).bit_length()
+    left = _SCORE_BITS + bits  # of a token's number: the score's come before the position's
     while left > 0:
         width = min(_DIGIT, left)
         left -= width
-        matches = competes & ((numbers >> (left + width)) == prefix[..., None])
-        digits = (numbers >> left) & (2**width - 1)
-        counts = torch.zeros((*nth.shape, 2**width), dtype=torch.int32, device=numbers.device)
-        upto = _sum(counts.scatter_add_(-1, digits, matches.int()), group).long().cumsum(-1)
-        nth = torch.minimum(nth, upto[..., -1])
-        chosen = (upto < nth[..., None]).sum(-1)
-        below = upto.gather(-1, (chosen - 1).clamp(min=0)[..., None])[..., 0]
-        nth = nth - below.masked_fill(chosen == 0, 0)
-        prefix = prefix * 2**width + chosen
-    return prefix, nth
+        after = torch.empty((B, H, 5), dtype=torch.int64, device=scores.device)
+        counts = torch.empty((B, H, 2**width), dtype=torch.int32, device=scores.device)
+        torch.ops.kvevict.count_digits(scores, positions, limits, before, summed, bits, left, after, counts)
+        before, summed = after, _sum(counts, part.group)
+    slots = torch.empty((B, H, most), dtype=torch.int64, device=scores.device)
+    held = torch.empty((B, H), dtype=torch.int64, device=scores.device)
+    torch.ops.kvevict.kept_slots(scores, positions, before, summed, bits, slots, held)
+    return slots, held
 
 
 # The group
