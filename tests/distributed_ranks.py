@@ -8,7 +8,10 @@ import contextlib
 import itertools
 import json
 import os
+import pathlib
 import random
+import runpy
+import socket
 import sys
 import tempfile
 import traceback
@@ -24,6 +27,7 @@ from kvevict import distributed
 from kvevict.distributed import Shard, positions_of
 
 RANKS = 4
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 LAYOUTS = [("contiguous", 1), ("zigzag", 1), ("striped", 1), ("striped", 16)]
 
 
@@ -522,8 +526,36 @@ def run(rank, names, path):
     dist.destroy_process_group()
 
 
+def run_example(rank, ranks, port, arguments):
+    """As torchrun does; the examples compare with one process themselves."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_PORT=port)
+    sys.argv = [str(EXAMPLES / arguments[0]), *arguments[1:]]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def run_examples(names):
+    """names: EXAMPLE.py ARGUMENTS@RANKS."""
+    os.environ["MASTER_ADDR"] = "localhost"
+    for name in names:
+        arguments, ranks = name.split("@")
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        error = None
+        try:
+            mp.start_processes(run_example, (int(ranks), port, arguments.split()), int(ranks), start_method="fork")
+        except mp.ProcessRaisedException as raised:
+            error = str(raised)
+        print(json.dumps({"check": name, "error": error}), flush=True)
+
+
 if __name__ == "__main__":
     *names, path = sys.argv[1:]
-    if any(name.startswith("tensor_parallel") for name in names):
+    examples = [name for name in names if ".py" in name]
+    checks = [name for name in names if name not in examples]
+    if examples or any(name.startswith("tensor_parallel") for name in checks):
         import kvevict.hf  # noqa: F401 - takes seconds, here once for all ranks
-    mp.start_processes(run, (names, path), nprocs=RANKS, start_method="fork")
+    if checks:
+        mp.start_processes(run, (checks, path), nprocs=RANKS, start_method="fork")
+    run_examples(examples)

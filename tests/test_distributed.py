@@ -16,7 +16,7 @@ CHECKS = [
     *(f"{check}@{ranks}" for ranks in (2, 4) for check in ON_BOTH),
     "scores_with_ties_everywhere@4", "a_rank_without_tokens@4", "layers_in_one_call@4", "bad_input@4",
     "positions_on_request@4", "interpreted@2", "compiles_whole@2", "one_rank@2", "a_mesh_is_a_group@4",
-    "tensor_parallel@4",
+    "tensor_parallel@4", "tensor_parallel.py --tokens 300@2",
 ]  # fmt: skip
 
 
@@ -47,6 +47,15 @@ def test_ranks_agree_with_one_process(results, check):
 def test_every_case_of_the_matrix(ranks, tmp_path):
     found, stderr = run([f"matrix_whole@{ranks}"], tmp_path / "store", 1200)
     assert found == {f"matrix_whole@{ranks}": None}, stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", [
+    "tensor_parallel.py@3", "context_parallel.py@2", "context_parallel.py --layout striped@4",
+])  # fmt: skip
+def test_examples_with_a_real_model(example, tmp_path):
+    found, stderr = run([example], tmp_path / "store", 300)
+    assert found == {example: None}, stderr[-3000:]
 
 
 @pytest.mark.parametrize("layout, expected", [
