@@ -603,7 +603,6 @@ def _require(condition: Tensor, expected: str, group: dist.ProcessGroup) -> None
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:
     """Where the group's collectives take tensors."""
-    backend = dist.get_backend(group)
-    if "nccl" not in backend:
+    if "nccl" not in dist.get_backend_config(group):  # not the backend, which is "undefined" where none was asked for
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

@@ -32,13 +32,20 @@ LAYOUTS = [("contiguous", 1), ("zigzag", 1), ("striped", 1), ("striped", 16)]
 
 
 def seeded(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    """The same numbers on every device."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return x.to(torch.get_default_device())
+
+
+def drawn(high, *shape, seed):
+    x = torch.randint(high, shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return x.to(torch.get_default_device())
 
 
 def make(kind, B, H, S, D, dtype):
     keys, values = seeded(B, H, S, D, seed=S + B), seeded(B, H, S, D + 8, seed=S).to(dtype)
     if kind == "ties":  # five different keys only: a row is ties and nothing else
-        few = torch.randint(5, (B, H, S, 1), generator=torch.Generator().manual_seed(S))
+        few = drawn(5, B, H, S, 1, seed=S)
         keys = keys[:, :, :5].gather(2, few.expand(-1, -1, -1, D))
     if kind == "zero":
         keys[:, :, ::3] = 0.0
@@ -50,7 +57,7 @@ def make(kind, B, H, S, D, dtype):
 
 
 def bits(x):
-    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def check_kept(shard, want, own, places=None):
@@ -115,7 +122,7 @@ def check_scores_with_ties_everywhere(group):
     """Scores of three values, NaN and -inf: the position decides."""
     S, rank = 300, dist.get_rank(group)
     values_of = torch.tensor([0.0, -0.0, 1.0, -1.0, float("nan"), float("-inf")])
-    scores = values_of[torch.randint(6, (2, 2, S), generator=torch.Generator().manual_seed(0))]
+    scores = values_of[drawn(6, 2, 2, S, seed=0)]
     keys, values = make("random", 2, 2, S, 16, torch.float32)
     for keep, heads in ((1, "each"), (150, "each"), (299, "each"), (300, "each"), (77, "shared")):
         indices = kvevict.topk_indices(scores, keep, heads=heads)
@@ -233,9 +240,9 @@ def check_rebalance(group):
 
 def everyone(x, group):
     """[x of each rank]; x may have any shape."""
-    found = [None] * group.size()
-    dist.all_gather_object(found, x, group=group)
-    return found
+    is_tensor, found = isinstance(x, torch.Tensor), [None] * group.size()
+    dist.all_gather_object(found, x.cpu() if is_tensor else x, group=group)
+    return [one.to(x.device) for one in found] if is_tensor else found
 
 
 def check_layers_in_one_call(group):
@@ -409,6 +416,38 @@ def check_compiles_whole(group):
     assert torch.equal(compiled(query, *shard), attend(query, *shard))
 
 
+def check_graph(group):
+    """A cut and a decode step, captured, replay with the bits of what is launched one by one, over other values too."""
+    S, own = 300, positions_of("zigzag", 300, group.size(), dist.get_rank(group))
+
+    def step(keys, values, query):
+        shard = distributed.keydiff_compact(
+            keys, values, positions=own, tokens=S, group=group, keep=100, sink=4, recent=8
+        )
+        return *shard, distributed.decode_attention(query, shard, group=group)
+
+    given = {
+        kind: [*(x[:, :, own] for x in make(kind, 2, 2, S, 32, torch.bfloat16)), seeded(2, 4, 1, 32, seed=3).bfloat16()]
+        for kind in ("random", "ties", "skewed")
+    }
+    static = [x.clone() for x in given["random"]]
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # compiles, and connects the ranks
+        for _ in range(2):
+            step(*static)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(*static)
+    for values in given.values():
+        for x, new in zip(static, values, strict=True):
+            x.copy_(new)
+        graph.replay()
+        for got, expected in zip(captured, step(*values), strict=True):
+            assert torch.equal(bits(got), bits(expected))
+
+
 def check_one_rank(group):
     """A group of one rank equals the op."""
     alone = dist.new_group([dist.get_rank(group)], use_local_synchronization=True)
@@ -526,6 +565,25 @@ def run(rank, names, path):
     dist.destroy_process_group()
 
 
+def run_on_gpus(rank, names, path, ranks):
+    """One GPU a rank; all tensors are made there."""
+    torch.cuda.set_device(rank)
+    torch.set_default_device("cuda")
+    dist.init_process_group(init_method=f"file://{path}", rank=rank, world_size=ranks)  # NCCL by itself
+    for name in names:
+        error = None
+        try:
+            globals()[f"check_{name.split('@')[0]}"](dist.group.WORLD)
+            torch.cuda.synchronize()
+        except BaseException:
+            error = traceback.format_exc()
+        if error is not None or rank == 0:
+            print(json.dumps({"check": name, "rank": rank, "error": error}), flush=True)
+        if error is not None:
+            os._exit(1)
+    dist.destroy_process_group()
+
+
 def run_example(rank, ranks, port, arguments):
     """As torchrun does; the examples compare with one process themselves."""
     torch.set_num_threads(1)
@@ -553,9 +611,13 @@ def run_examples(names):
 if __name__ == "__main__":
     *names, path = sys.argv[1:]
     examples = [name for name in names if ".py" in name]
-    checks = [name for name in names if name not in examples]
+    on_gpus = [name for name in names if name.endswith("gpus")]  # CHECK@RANKSgpus
+    checks = [name for name in names if name not in (*examples, *on_gpus)]
     if examples or any(name.startswith("tensor_parallel") for name in checks):
         import kvevict.hf  # noqa: F401 - takes seconds, here once for all ranks
     if checks:
         mp.start_processes(run, (checks, path), nprocs=RANKS, start_method="fork")
+    for ranks in {int(name.split("@")[1].removesuffix("gpus")) for name in on_gpus}:
+        own = [name for name in on_gpus if name.endswith(f"@{ranks}gpus")]
+        mp.start_processes(run_on_gpus, (own, f"{path}{ranks}", ranks), nprocs=ranks, start_method="spawn")
     run_examples(examples)

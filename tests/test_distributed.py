@@ -10,7 +10,10 @@ import pytest
 import torch
 from distributed_ranks import RANKS, positions_of
 
+from kvevict import distributed
+
 SCRIPT = pathlib.Path(__file__).with_name("distributed_ranks.py")
+ON_CPUS = {"KVEVICT_BACKEND": "reference", "TRITON_INTERPRET": "1", "GLOO_SOCKET_IFNAME": "lo"}
 ON_BOTH = ["matrix", "cut_decode_cut", "mass", "rebalance", "collectives"]
 CHECKS = [
     *(f"{check}@{ranks}" for ranks in (2, 4) for check in ON_BOTH),
@@ -20,9 +23,9 @@ CHECKS = [
 ]  # fmt: skip
 
 
-def run(checks, path, seconds):
+def run(checks, path, seconds, environment=ON_CPUS):
     """{check: None, or the error of the rank that was the first to fail}; what never ran is missing."""
-    environment = {**os.environ, "KVEVICT_BACKEND": "reference", "TRITON_INTERPRET": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, **environment}
     environment["PYTHONPATH"] = str(SCRIPT.parent.parent)
     command = [sys.executable, SCRIPT, *checks, path]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
@@ -40,6 +43,27 @@ def test_ranks_agree_with_one_process(results, check):
     found, stderr = results
     assert check in found, f"did not run: {stderr[-3000:]}"
     assert found[check] is None, found[check]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_on_gpus_agree_with_one_process(ranks, tmp_path):
+    """Over NCCL; what is captured in a graph replays with equal bits."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    names = ["matrix", "cut_decode_cut", "mass", "rebalance", "scores_with_ties_everywhere", "graph"]
+    checks = [f"{name}@{ranks}gpus" for name in names]
+    found, stderr = run(checks, tmp_path / "store", 600, {"KVEVICT_BACKEND": "triton"})
+    assert found == dict.fromkeys(checks), stderr[-3000:]
+
+
+def test_ranks_agree_where_their_collectives_take_tensors(monkeypatch):
+    """A group made without a backend, on a machine with GPUs."""
+    monkeypatch.setattr(distributed.dist, "get_backend_config", lambda group: "cuda:nccl")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert distributed._device_of(None) == torch.device("cuda", 1)
+    monkeypatch.setattr(distributed.dist, "get_backend_config", lambda group: "cpu:gloo,cuda:gloo")
+    assert distributed._device_of(None) == torch.device("cpu")
 
 
 @pytest.mark.slow
