@@ -177,7 +177,7 @@ def compact_by_scores(
     _agree(part.group, check)
     part.check_positions()
     if not keys.shape[2]:
-        scores = scores.new_zeros(part.keys.shape[:3])
+        scores = torch.zeros(part.keys.shape[:3], device=part.keys.device)
     return _select_and_compact(part, scores, keep, sink, recent, heads, inplace)
 
 
@@ -469,6 +469,9 @@ def _check_shard(shard: Shard) -> tuple[Tensor, Tensor]:
         validate.tensor(f"shard.{name}", value, len(shape), (torch.int64,), keys)
         if value.shape != shape:
             raise ValueError(f"shard.{name} has shape {tuple(value.shape)}: expected {tuple(shape)}")
+    if keys.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the attention asserts it
+        inside = ((shard.counts >= 0) & (shard.counts <= keys.shape[2])).all()
+        validate.require(inside, "shard.counts", shard.counts, f"values from 0 to {keys.shape[2]}, the slots")
     return keys, values
 
 
@@ -519,10 +522,16 @@ def _kept_slots(
 
 def _process_group(group: Group) -> dist.ProcessGroup:
     if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"group is a mesh of {group.ndim} dimensions: expected one of them, mesh[its name]")
         return group.get_group()
     group = dist.group.WORLD if group is None else group
     if group is None:
         raise ValueError("group is None: expected a process group, or a call of torch.distributed.init_process_group")
+    if not isinstance(group, dist.ProcessGroup):  # new_group gives something else to ranks that are not in it
+        raise TypeError(
+            f"group is {type(group).__name__}: expected a process group with this rank, a DeviceMesh or None"
+        )
     return group
 
 
@@ -545,7 +554,7 @@ def _agree(group: dist.ProcessGroup, check: Callable[[], dict[str, object]]) -> 
     error, facts = None, {}
     try:
         facts = check()
-    except (TypeError, ValueError) as found:
+    except Exception as found:  # whatever it is, the others wait
         error = found
     number = -1
     if error is None:

@@ -5,6 +5,7 @@ wait; the first that fails ends all of them.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -359,9 +360,30 @@ def check_bad_input(group):
     raises(
         distributed.decode_attention, "shard is tuple", group, queries=query, shard=tuple(shard) if rank == 0 else shard
     )
+    for call in (distributed.rebalance, functools.partial(distributed.decode_attention, query)):
+        wrong = shard._replace(counts=shard.counts + (99 if rank == 1 else 0))
+        raises(call, "values from 0 to", group, shard=wrong)
     raises(distributed.rebalance, "shard.counts has shape", group, shard=shard._replace(counts=shard.counts[:1]))
+    scores = torch.zeros(2, 2, len(own))
+    for wrong, message in ((None, "scores is NoneType"), (scores.double(), "scores has dtype torch.float64")):
+        raises(distributed.compact_by_scores, message, group, scores=wrong if rank == 1 else scores, **good)
     raises(distributed.attention_mass, "reduce is 'square'", group, queries=query, keys=good["keys"], positions=own,
            tokens=S, reduce="square")  # fmt: skip
+
+
+def check_group_is_one(group):
+    """Before any collective: all ranks make the same mistake, or are not in the group."""
+    rank = dist.get_rank()
+    mine = dist.new_group([1])
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "cp"))
+    keys, values = make("random", 1, 2, 8, 16, torch.float32)
+    arguments = dict(keys=keys, values=values, positions=torch.arange(8), tokens=8, keep=3)
+    raises(distributed.keydiff_compact, "group is a mesh of 2 dimensions: expected one of them", mesh, **arguments)
+    raises(distributed.keydiff_compact, "group is str: expected a process group", "WORLD", **arguments)
+    if rank == 1:
+        assert int(distributed.keydiff_compact(group=mine, **arguments).counts[0, 0]) == 3
+    else:
+        raises(distributed.keydiff_compact, "expected a process group with this rank", mine, **arguments)
 
 
 def raises(function, message, group, **arguments):
@@ -414,6 +436,16 @@ def check_compiles_whole(group):
     query = seeded(1, 4, 1, 16, seed=2)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(query, *shard), attend(query, *shard))
+
+    def by_mass(queries, keys, values, positions, lengths):
+        own = dict(positions=positions, tokens=S, group=group, lengths=lengths)
+        scores = distributed.attention_mass(queries, keys, **own)
+        return distributed.compact_by_scores(scores, keys, values, keep=0.3, recent=4, heads="shared", **own)
+
+    arguments = seeded(1, 4, 8, 16, seed=4), *arguments, torch.tensor([50])
+    compiled = torch.compile(by_mass, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(*arguments), by_mass(*arguments), strict=True):
+        assert torch.equal(got, expected)
 
 
 def check_graph(group):
