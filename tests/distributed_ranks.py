@@ -576,6 +576,45 @@ def check_tensor_parallel(group):
         kept(spread, KeyDiff(), keep=0.3)  # each head for itself
 
 
+def check_prompt_in_parts(group):
+    """examples/context_parallel.py on GPUs: torch's ring over a flash attention that is made up here for CPUs."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    example = runpy.run_path(str(EXAMPLES / "context_parallel.py"))
+
+    def flash(query, key, value, dropout=0.0, causal=False, return_debug_mask=False, *, scale=None):
+        logits = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if causal:
+            logits = logits.masked_fill(torch.ones(logits.shape[-2:]).triu(1).bool(), float("-inf"))
+        none = torch.zeros((), dtype=torch.int64)
+        return logits.softmax(-1) @ value, logits.logsumexp(-1), none, none, 0, 0, none, none, none
+
+    def scaled_dot_product_attention(query, key, value, is_causal, scale):  # which torch replaces by this name
+        return op(query, key, value, 0.0, is_causal, scale=scale)[0]
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_scaled_dot_product_flash_attention", flash, "CPU")
+    op = torch.ops.aten._scaled_dot_product_flash_attention
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=256,
+    )  # fmt: skip
+    model, text, rank = LlamaForCausalLM(config).eval(), drawn(64, 1, 48, seed=0), dist.get_rank(group)
+    mesh = dist.device_mesh.DeviceMesh.from_group(group, "cpu")
+    saved = F.scaled_dot_product_attention
+    with torch.no_grad():
+        expected = example["cached"](model, text)
+        F.scaled_dot_product_attention = scaled_dot_product_attention
+        try:
+            got = example["read_in_parts"](model, text, mesh)
+        finally:
+            F.scaled_dot_product_attention = saved
+    own = positions_of("zigzag", 48, group.size(), rank)
+    for part, every in zip(got, expected, strict=True):
+        torch.testing.assert_close(part, every[:, :, own], rtol=1e-4, atol=1e-5)
+
+
 def run(rank, names, path):
     """names: CHECK@RANKS."""
     torch.set_num_threads(1)
@@ -645,7 +684,7 @@ if __name__ == "__main__":
     examples = [name for name in names if ".py" in name]
     on_gpus = [name for name in names if name.endswith("gpus")]  # CHECK@RANKSgpus
     checks = [name for name in names if name not in (*examples, *on_gpus)]
-    if examples or any(name.startswith("tensor_parallel") for name in checks):
+    if examples or {"tensor_parallel", "prompt_in_parts"} & {name.split("@")[0] for name in checks}:
         import kvevict.hf  # noqa: F401 - takes seconds, here once for all ranks
     if checks:
         mp.start_processes(run, (checks, path), nprocs=RANKS, start_method="fork")

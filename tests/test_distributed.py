@@ -19,7 +19,7 @@ CHECKS = [
     *(f"{check}@{ranks}" for ranks in (2, 4) for check in ON_BOTH),
     "scores_with_ties_everywhere@4", "a_rank_without_tokens@4", "layers_in_one_call@4", "bad_input@4",
     "positions_on_request@4", "interpreted@2", "compiles_whole@2", "one_rank@2", "a_mesh_is_a_group@4",
-    "group_is_one@4", "tensor_parallel@4", "tensor_parallel.py --tokens 300@2",
+    "group_is_one@4", "prompt_in_parts@2", "tensor_parallel@4", "tensor_parallel.py --tokens 300@2",
 ]  # fmt: skip
 
 
