@@ -4,8 +4,8 @@ are cut together, and the answer is decoded over what is left of them.
     torchrun --nproc-per-node 2 examples/context_parallel.py [--tokens 800] [--keep 0.3] [--layout zigzag]
 
 Rank 0 does the same in one process as well, and compares. Needs kvevict[hf]. On GPUs each rank reads its part of the
-text, under torch's context_parallel, which deals it as "zigzag" does. On CPUs, where that has no attention, and for other
-layouts every rank reads the whole text, and drops what is not its own.
+text, under torch's context_parallel, which deals it as "zigzag" does. On CPUs, where that has no attention, and for
+other layouts every rank reads the whole text, and drops what is not its own.
 """
 
 import argparse
