@@ -49,7 +49,7 @@ test: $(READY)  ## the checks of a commit; without a GPU the kernels run in Trit
 # In a process of its own: it compiles, where the rest of the tests interprets.
 EMULATED = CUDA_VISIBLE_DEVICES= PYTHONPATH=tests PTX_TARGET=$(TARGET) $(PY) -m pytest -p emulate -n $(WORKERS)
 KERNEL_TESTS = $(addprefix tests/test_,compact_kv.py decode_attention.py paged.py score_attention.py score_keydiff.py \
-    scores.py select_topk.py)
+    scores.py select_ranks.py select_topk.py)
 
 test-ptx: $(READY)  ## all kernel tests on the compiled code, emulated (TARGET=sm_80): long
 	$(EMULATED) $(or $(TEST),tests/ptx $(KERNEL_TESTS))

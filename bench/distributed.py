@@ -35,12 +35,12 @@ def collective_us(payload: int, ranks: int) -> float:
 
 
 def memory_us(rows: int, head_dim: int, element_size: int, tokens: int, keep: float, ranks: int) -> tuple[float, float]:
-    """(passes over K and the move; the selection in torch's operations) of one rank. The selection makes 8-byte numbers
-    of the scores, and each digit reads these, makes a mask and digits of 8 bytes, and adds to counts: 40 bytes a token
-    and digit."""
+    """(passes over K and the move; the selection) of one rank. Each digit reads the scores, 4 bytes a token, and so do
+    the two launches that write what is kept; positions are read of ties alone, which are few."""
     own = tokens / ranks
     kernels = rows * own * head_dim * element_size * (2 + 4 * keep)
-    selection = rows * own * 40 * (len(payloads(rows, head_dim, tokens)) - 2)
+    digits = len(payloads(rows, head_dim, tokens)) - 2
+    selection = rows * own * (4 * (digits + 2) + 8 * keep)
     return kernels / MEMORY_GBS / 1e3, selection / MEMORY_GBS / 1e3
 
 
@@ -53,7 +53,7 @@ def costs() -> str:
         "| GPUs | layers a call | collectives | MB summed | collectives, ms | K and V, ms | selection, ms |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for ranks, together in itertools.product((8, 16, 64), (1, layers)):
+    for ranks, together in itertools.product((8, 16, 32, 64), (1, layers)):
         calls = layers // together
         sent = payloads(together * heads, head_dim, tokens)
         ms = calls * sum(collective_us(payload, ranks) for payload in sent) / 1e3

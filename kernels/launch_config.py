@@ -112,6 +112,27 @@ def select_config(rows: int, tokens: int, multiprocessors: int) -> SelectConfig:
     return SelectConfig(0, cdiv(tokens, chunk), chunk, num_warps=num_warps)
 
 
+MAX_RANK_SPLITS = 32  # every program adds up what all runs of its row keep, in one load
+
+
+@dataclass(frozen=True)
+class RanksConfig:
+    """Each row is cut into `splits` runs of `chunk` tokens, one program each, `block` tokens at a time."""
+
+    splits: int
+    chunk: int
+    block: int = 2048  # 8 scores a thread, and as many numbers of 8 bytes
+    num_warps: int = 8
+
+
+def ranks_config(rows: int, tokens: int, multiprocessors: int) -> RanksConfig:
+    # Nobody waits for others: as many programs as are on the device at once, four of 256 threads on a multiprocessor. A
+    # program ends with 256 additions to the row's counts, so a run is a block at least.
+    wanted = max(1, min(4 * multiprocessors // rows, MAX_RANK_SPLITS))
+    chunk = cdiv(cdiv(tokens, wanted), RanksConfig.block) * RanksConfig.block
+    return RanksConfig(cdiv(tokens, chunk), chunk)
+
+
 @dataclass(frozen=True)
 class FillConfig:
     """`block` slots at a time; each row is cut into runs of `chunk` slots, one program each."""

@@ -345,3 +345,19 @@ def _pool_scores_op(scores, kernel_size, average, out):
 def _evict_slots_op(scores, sink, recent, lengths, out):
     _check_lengths(lengths, scores[..., None], None)
     _run("evict_slots", scores.device, scores, sink, recent, lengths, out)
+
+
+@_custom_op(
+    "count_digits(Tensor scores, Tensor positions, Tensor limits, Tensor? before, Tensor? summed, SymInt bits, "
+    "SymInt left, Tensor(a!) after, Tensor(b!) counts) -> ()"
+)
+def _count_digits_op(scores, positions, limits, before, summed, bits, left, after, counts):
+    _run("count_digits", scores.device, scores, positions, limits, before, summed, bits, left, after, counts)
+
+
+@_custom_op(
+    "kept_slots(Tensor scores, Tensor positions, Tensor before, Tensor summed, SymInt bits, Tensor(a!) out, "
+    "Tensor(b!) held) -> ()"
+)
+def _kept_slots_op(scores, positions, before, summed, bits, out, held):
+    _run("kept_slots", scores.device, scores, positions, before, summed, bits, out, held)

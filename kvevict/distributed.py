@@ -177,7 +177,7 @@ def compact_by_scores(
     _agree(part.group, check)
     part.check_positions()
     if not keys.shape[2]:
-        scores = scores.new_zeros(part.keys.shape[:3])
+        scores = torch.zeros(part.keys.shape[:3], device=part.keys.device)
     return _select_and_compact(part, scores, keep, sink, recent, heads, inplace)
 
 
@@ -383,7 +383,7 @@ class _Part:
 
     def check(self) -> dict[str, object]:
         """What must be the same on all ranks."""
-        validate.integer("tokens", self.tokens, 1)
+        validate.integer("tokens", self.tokens, 1, 2**31)  # a position and a score's 32 bits are one int64
         for name in ("keys", "values", "positions"):
             x = getattr(self, name)
             at = -1 if name == "positions" else 2
@@ -398,7 +398,7 @@ class _Part:
         positions = validate.tensor("positions", self.positions, ndim, (torch.int32, torch.int64), keys)
         if positions.shape not in ((L,), (B, H, L)):
             raise ValueError(f"positions has shape {tuple(positions.shape)}: expected ({L},) or ({B}, {H}, {L})")
-        self.positions = positions.long().expand(B, H, L)
+        self.positions = positions.long().contiguous().expand(B, H, L)
         return _facts(keys, self.values) | {"tokens": self.tokens, "lengths": self._check_lengths(B)}
 
     def _check_lengths(self, B: int) -> object:
@@ -469,73 +469,52 @@ def _check_shard(shard: Shard) -> tuple[Tensor, Tensor]:
         validate.tensor(f"shard.{name}", value, len(shape), (torch.int64,), keys)
         if value.shape != shape:
             raise ValueError(f"shard.{name} has shape {tuple(value.shape)}: expected {tuple(shape)}")
+    if keys.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the attention asserts it
+        inside = ((shard.counts >= 0) & (shard.counts <= keys.shape[2])).all()
+        validate.require(inside, "shard.counts", shard.counts, f"values from 0 to {keys.shape[2]}, the slots")
     return keys, values
 
 
 def _select_and_compact(part: _Part, scores: Tensor, keep, sink: int, recent: int, heads: str, inplace: bool) -> Shard:
-    positions, present, ends = part.positions, part.present(), part.ends()
+    positions, ends = part.positions, part.ends()
     n = validate.kept_tokens(keep, part.tokens, sink, recent)
     kept = validate.kept_lengths(keep, ends) if part.lengths is not None else torch.full_like(ends, n)
     if heads == "shared":
         total = scores[:, :1].clone()
         for h in range(1, scores.shape[1]):  # in head order, as one process adds
             total += scores[:, h : h + 1]
-        scores, positions, present = total / scores.shape[1], positions[:, :1], present[:, :1]
-    mask = _kept_mask(scores, positions, present, ends, kept, sink, recent, part.tokens, part.group)
-
+        scores, positions = total / scores.shape[1], positions[:, :1]
     B, H, L = part.keys.shape[:3]
-    slots = torch.arange(L, device=mask.device)
-    order = torch.where(mask, slots, L).sort(-1).values[..., : min(n, L)].expand(B, H, -1)
-    indices = order.masked_fill(order == L, -1)
-    moved = ops.compact(part.keys, part.values, indices, inplace=inplace)
-    where = part.positions.gather(-1, indices.clamp(min=0)).masked_fill(indices < 0, -1)
-    return Shard(moved.keys, moved.values, where, mask.sum(-1).expand(B, H).contiguous())
+    slots, held = _kept_slots(part, scores, positions, ends, kept, sink, recent, min(n, L))
+    slots, held = slots.expand(B, H, -1), held.expand(B, H).contiguous()
+    moved = ops.compact(part.keys, part.values, slots, inplace=inplace)
+    where = part.positions.gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, -1)
+    return Shard(moved.keys, moved.values, where, held)
 
 
-def _kept_mask(
-    scores: Tensor, positions: Tensor, present: Tensor, ends: Tensor, kept: Tensor, sink: int, recent: int, tokens: int,
-    group: dist.ProcessGroup,
-) -> Tensor:  # fmt: skip
-    """[B, H, L] bool: this rank's part of what `topk_indices` keeps. ends, kept [B, 1, 1]: a request's length, and how
-    many of its tokens stay."""
+def _kept_slots(
+    part: _Part, scores: Tensor, positions: Tensor, ends: Tensor, kept: Tensor, sink: int, recent: int, most: int
+) -> tuple[Tensor, Tensor]:
+    """This rank's part of what `topk_indices` keeps: [B, H, most] slots, -1 behind the last, and their number [B, H].
+    ends, kept [B, 1, 1]: a request's length, and how many of its tokens stay."""
+    B, H, _ = scores.shape
     sinks = kept.clamp(max=sink)
     recents = (kept - sinks).clamp(max=recent)
-    protected = present & ((positions < sinks) | (positions >= ends - recents))
-    competes = present & ~protected
-    need = (kept - sinks - recents)[..., 0].expand(scores.shape[:2])
-    numbers = _in_order(scores)
-    worst, ties = _nth(numbers, competes, need, _SCORE_BITS, group)
-    tied = competes & (numbers == worst[..., None])
-    last, _ = _nth(positions, tied, ties, max(tokens - 1, 1).bit_length(), group)
-    chosen = (numbers < worst[..., None]) | (tied & (positions <= last[..., None]))
-    return protected | (competes & chosen & (need > 0)[..., None])
-
-
-def _in_order(scores: Tensor) -> Tensor:
-    """float32 -> int64 from 0 to 2³² - 1: the best score first, -0.0 as 0.0, NaN last."""
-    bits = scores.masked_fill(scores == 0.0, 0.0).contiguous().view(torch.int32)
-    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (-1 - ascending).masked_fill(scores.isnan(), 0x7FFFFFFF).long() + 2**31
-
-
-def _nth(numbers: Tensor, competes: Tensor, nth: Tensor, bits: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """[B, H] twice: the nth smallest (from 1) of each row's competing numbers of that many bits over all ranks, the
-    largest where there are fewer; and which of its equals that is (from 1)."""
-    prefix = torch.zeros_like(nth)
-    left = bits
+    limits = torch.cat([sinks, ends - recents, ends, kept - sinks - recents], 1)[..., 0]
+    before = summed = None
+    bits = max(part.tokens - 1, 1).bit_length()
+    left = _SCORE_BITS + bits  # of a token's number: the score's come before the position's
     while left > 0:
         width = min(_DIGIT, left)
         left -= width
-        matches = competes & ((numbers >> (left + width)) == prefix[..., None])
-        digits = (numbers >> left) & (2**width - 1)
-        counts = torch.zeros((*nth.shape, 2**width), dtype=torch.int32, device=numbers.device)
-        upto = _sum(counts.scatter_add_(-1, digits, matches.int()), group).long().cumsum(-1)
-        nth = torch.minimum(nth, upto[..., -1])
-        chosen = (upto < nth[..., None]).sum(-1)
-        below = upto.gather(-1, (chosen - 1).clamp(min=0)[..., None])[..., 0]
-        nth = nth - below.masked_fill(chosen == 0, 0)
-        prefix = prefix * 2**width + chosen
-    return prefix, nth
+        after = torch.empty((B, H, 5), dtype=torch.int64, device=scores.device)
+        counts = torch.empty((B, H, 2**width), dtype=torch.int32, device=scores.device)
+        torch.ops.kvevict.count_digits(scores, positions, limits, before, summed, bits, left, after, counts)
+        before, summed = after, _sum(counts, part.group)
+    slots = torch.empty((B, H, most), dtype=torch.int64, device=scores.device)
+    held = torch.empty((B, H), dtype=torch.int64, device=scores.device)
+    torch.ops.kvevict.kept_slots(scores, positions, before, summed, bits, slots, held)
+    return slots, held
 
 
 # The group
@@ -543,10 +522,16 @@ def _nth(numbers: Tensor, competes: Tensor, nth: Tensor, bits: int, group: dist.
 
 def _process_group(group: Group) -> dist.ProcessGroup:
     if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"group is a mesh of {group.ndim} dimensions: expected one of them, mesh[its name]")
         return group.get_group()
     group = dist.group.WORLD if group is None else group
     if group is None:
         raise ValueError("group is None: expected a process group, or a call of torch.distributed.init_process_group")
+    if not isinstance(group, dist.ProcessGroup):  # new_group gives something else to ranks that are not in it
+        raise TypeError(
+            f"group is {type(group).__name__}: expected a process group with this rank, a DeviceMesh or None"
+        )
     return group
 
 
@@ -569,7 +554,7 @@ def _agree(group: dist.ProcessGroup, check: Callable[[], dict[str, object]]) -> 
     error, facts = None, {}
     try:
         facts = check()
-    except (TypeError, ValueError) as found:
+    except Exception as found:  # whatever it is, the others wait
         error = found
     number = -1
     if error is None:
@@ -627,7 +612,6 @@ def _require(condition: Tensor, expected: str, group: dist.ProcessGroup) -> None
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:
     """Where the group's collectives take tensors."""
-    backend = dist.get_backend(group)
-    if "nccl" not in backend:
+    if "nccl" not in dist.get_backend_config(group):  # not the backend, which is "undefined" where none was asked for
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

@@ -79,6 +79,21 @@ def launch_select_many(S):
     backend.topk_indices(torch.empty(64, 4, S), None, 1, 1, False, None, torch.empty(64, 4, 1, dtype=torch.int64))
 
 
+def launch_ranks(S):
+    """The first digit, one more of the score, and one of the position."""
+    from kvevict.backends import triton as backend
+
+    scores, places = torch.empty(2, 4, S), torch.arange(S).expand(2, 4, S)
+    limits, state = torch.empty(2, 4, dtype=torch.int64), torch.empty(2, 4, 5, dtype=torch.int64)
+    bits = max(S - 1, 1).bit_length()
+    counts, last = (torch.empty(2, 4, 2**width, dtype=torch.int32) for width in (8, (bits - 1) % 8 + 1))
+    backend.count_digits(scores, places, limits, None, None, bits, 24 + bits, state, counts)
+    backend.count_digits(scores, places, limits, state, counts, bits, 16 + bits, state, counts)
+    backend.count_digits(scores, places, limits, state, counts, bits, 0, state, last)
+    out, held = torch.empty(2, 4, max(S // 2, 1), dtype=torch.int64), torch.empty(2, 4, dtype=torch.int64)
+    backend.kept_slots(scores, places, state, last, bits, out, held)
+
+
 def launch_adaptive(S):
     from kvevict.backends import triton as backend
 
@@ -224,6 +239,7 @@ def matrix(target: str, rows, tiles, paged) -> None:
     for S in (4096, 8192, 32768, 131072):
         launch_select_many(S)
     launch_adaptive(4096)
+    launch_ranks(131072)
 
 
 def variants(target: str) -> None:
@@ -238,6 +254,7 @@ def variants(target: str) -> None:
         launch_scores(S, 128, torch.bfloat16)
         launch_fitted(S, 128, torch.bfloat16)
         launch_select(S)
+        launch_ranks(S)
         launch_moves(S, 128, torch.bfloat16)
         launch_attention(S, 128, torch.bfloat16)
         launch_products(S, 128, torch.bfloat16)

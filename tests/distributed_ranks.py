@@ -5,10 +5,14 @@ wait; the first that fails ends all of them.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
+import pathlib
 import random
+import runpy
+import socket
 import sys
 import tempfile
 import traceback
@@ -24,17 +28,25 @@ from kvevict import distributed
 from kvevict.distributed import Shard, positions_of
 
 RANKS = 4
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 LAYOUTS = [("contiguous", 1), ("zigzag", 1), ("striped", 1), ("striped", 16)]
 
 
 def seeded(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    """The same numbers on every device."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return x.to(torch.get_default_device())
+
+
+def drawn(high, *shape, seed):
+    x = torch.randint(high, shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return x.to(torch.get_default_device())
 
 
 def make(kind, B, H, S, D, dtype):
     keys, values = seeded(B, H, S, D, seed=S + B), seeded(B, H, S, D + 8, seed=S).to(dtype)
     if kind == "ties":  # five different keys only: a row is ties and nothing else
-        few = torch.randint(5, (B, H, S, 1), generator=torch.Generator().manual_seed(S))
+        few = drawn(5, B, H, S, 1, seed=S)
         keys = keys[:, :, :5].gather(2, few.expand(-1, -1, -1, D))
     if kind == "zero":
         keys[:, :, ::3] = 0.0
@@ -46,7 +58,7 @@ def make(kind, B, H, S, D, dtype):
 
 
 def bits(x):
-    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def check_kept(shard, want, own, places=None):
@@ -111,7 +123,7 @@ def check_scores_with_ties_everywhere(group):
     """Scores of three values, NaN and -inf: the position decides."""
     S, rank = 300, dist.get_rank(group)
     values_of = torch.tensor([0.0, -0.0, 1.0, -1.0, float("nan"), float("-inf")])
-    scores = values_of[torch.randint(6, (2, 2, S), generator=torch.Generator().manual_seed(0))]
+    scores = values_of[drawn(6, 2, 2, S, seed=0)]
     keys, values = make("random", 2, 2, S, 16, torch.float32)
     for keep, heads in ((1, "each"), (150, "each"), (299, "each"), (300, "each"), (77, "shared")):
         indices = kvevict.topk_indices(scores, keep, heads=heads)
@@ -229,9 +241,9 @@ def check_rebalance(group):
 
 def everyone(x, group):
     """[x of each rank]; x may have any shape."""
-    found = [None] * group.size()
-    dist.all_gather_object(found, x, group=group)
-    return found
+    is_tensor, found = isinstance(x, torch.Tensor), [None] * group.size()
+    dist.all_gather_object(found, x.cpu() if is_tensor else x, group=group)
+    return [one.to(x.device) for one in found] if is_tensor else found
 
 
 def check_layers_in_one_call(group):
@@ -348,9 +360,30 @@ def check_bad_input(group):
     raises(
         distributed.decode_attention, "shard is tuple", group, queries=query, shard=tuple(shard) if rank == 0 else shard
     )
+    for call in (distributed.rebalance, functools.partial(distributed.decode_attention, query)):
+        wrong = shard._replace(counts=shard.counts + (99 if rank == 1 else 0))
+        raises(call, "values from 0 to", group, shard=wrong)
     raises(distributed.rebalance, "shard.counts has shape", group, shard=shard._replace(counts=shard.counts[:1]))
+    scores = torch.zeros(2, 2, len(own))
+    for wrong, message in ((None, "scores is NoneType"), (scores.double(), "scores has dtype torch.float64")):
+        raises(distributed.compact_by_scores, message, group, scores=wrong if rank == 1 else scores, **good)
     raises(distributed.attention_mass, "reduce is 'square'", group, queries=query, keys=good["keys"], positions=own,
            tokens=S, reduce="square")  # fmt: skip
+
+
+def check_group_is_one(group):
+    """Before any collective: all ranks make the same mistake, or are not in the group."""
+    rank = dist.get_rank()
+    mine = dist.new_group([1])
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "cp"))
+    keys, values = make("random", 1, 2, 8, 16, torch.float32)
+    arguments = dict(keys=keys, values=values, positions=torch.arange(8), tokens=8, keep=3)
+    raises(distributed.keydiff_compact, "group is a mesh of 2 dimensions: expected one of them", mesh, **arguments)
+    raises(distributed.keydiff_compact, "group is str: expected a process group", "WORLD", **arguments)
+    if rank == 1:
+        assert int(distributed.keydiff_compact(group=mine, **arguments).counts[0, 0]) == 3
+    else:
+        raises(distributed.keydiff_compact, "expected a process group with this rank", mine, **arguments)
 
 
 def raises(function, message, group, **arguments):
@@ -403,6 +436,48 @@ def check_compiles_whole(group):
     query = seeded(1, 4, 1, 16, seed=2)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(query, *shard), attend(query, *shard))
+
+    def by_mass(queries, keys, values, positions, lengths):
+        own = dict(positions=positions, tokens=S, group=group, lengths=lengths)
+        scores = distributed.attention_mass(queries, keys, **own)
+        return distributed.compact_by_scores(scores, keys, values, keep=0.3, recent=4, heads="shared", **own)
+
+    arguments = seeded(1, 4, 8, 16, seed=4), *arguments, torch.tensor([50])
+    compiled = torch.compile(by_mass, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(*arguments), by_mass(*arguments), strict=True):
+        assert torch.equal(got, expected)
+
+
+def check_graph(group):
+    """A cut and a decode step, captured, replay with the bits of what is launched one by one, over other values too."""
+    S, own = 300, positions_of("zigzag", 300, group.size(), dist.get_rank(group))
+
+    def step(keys, values, query):
+        shard = distributed.keydiff_compact(
+            keys, values, positions=own, tokens=S, group=group, keep=100, sink=4, recent=8
+        )
+        return *shard, distributed.decode_attention(query, shard, group=group)
+
+    given = {
+        kind: [*(x[:, :, own] for x in make(kind, 2, 2, S, 32, torch.bfloat16)), seeded(2, 4, 1, 32, seed=3).bfloat16()]
+        for kind in ("random", "ties", "skewed")
+    }
+    static = [x.clone() for x in given["random"]]
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # compiles, and connects the ranks
+        for _ in range(2):
+            step(*static)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(*static)
+    for values in given.values():
+        for x, new in zip(static, values, strict=True):
+            x.copy_(new)
+        graph.replay()
+        for got, expected in zip(captured, step(*values), strict=True):
+            assert torch.equal(bits(got), bits(expected))
 
 
 def check_one_rank(group):
@@ -501,6 +576,45 @@ def check_tensor_parallel(group):
         kept(spread, KeyDiff(), keep=0.3)  # each head for itself
 
 
+def check_prompt_in_parts(group):
+    """examples/context_parallel.py on GPUs: torch's ring over a flash attention that is made up here for CPUs."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    example = runpy.run_path(str(EXAMPLES / "context_parallel.py"))
+
+    def flash(query, key, value, dropout=0.0, causal=False, return_debug_mask=False, *, scale=None):
+        logits = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if causal:
+            logits = logits.masked_fill(torch.ones(logits.shape[-2:]).triu(1).bool(), float("-inf"))
+        none = torch.zeros((), dtype=torch.int64)
+        return logits.softmax(-1) @ value, logits.logsumexp(-1), none, none, 0, 0, none, none, none
+
+    def scaled_dot_product_attention(query, key, value, is_causal, scale):  # which torch replaces by this name
+        return op(query, key, value, 0.0, is_causal, scale=scale)[0]
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_scaled_dot_product_flash_attention", flash, "CPU")
+    op = torch.ops.aten._scaled_dot_product_flash_attention
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=256,
+    )  # fmt: skip
+    model, text, rank = LlamaForCausalLM(config).eval(), drawn(64, 1, 48, seed=0), dist.get_rank(group)
+    mesh = dist.device_mesh.DeviceMesh.from_group(group, "cpu")
+    saved = F.scaled_dot_product_attention
+    with torch.no_grad():
+        expected = example["cached"](model, text)
+        F.scaled_dot_product_attention = scaled_dot_product_attention
+        try:
+            got = example["read_in_parts"](model, text, mesh)
+        finally:
+            F.scaled_dot_product_attention = saved
+    own = positions_of("zigzag", 48, group.size(), rank)
+    for part, every in zip(got, expected, strict=True):
+        torch.testing.assert_close(part, every[:, :, own], rtol=1e-4, atol=1e-5)
+
+
 def run(rank, names, path):
     """names: CHECK@RANKS."""
     torch.set_num_threads(1)
@@ -522,8 +636,59 @@ def run(rank, names, path):
     dist.destroy_process_group()
 
 
+def run_on_gpus(rank, names, path, ranks):
+    """One GPU a rank; all tensors are made there."""
+    torch.cuda.set_device(rank)
+    torch.set_default_device("cuda")
+    dist.init_process_group(init_method=f"file://{path}", rank=rank, world_size=ranks)  # NCCL by itself
+    for name in names:
+        error = None
+        try:
+            globals()[f"check_{name.split('@')[0]}"](dist.group.WORLD)
+            torch.cuda.synchronize()
+        except BaseException:
+            error = traceback.format_exc()
+        if error is not None or rank == 0:
+            print(json.dumps({"check": name, "rank": rank, "error": error}), flush=True)
+        if error is not None:
+            os._exit(1)
+    dist.destroy_process_group()
+
+
+def run_example(rank, ranks, port, arguments):
+    """As torchrun does; the examples compare with one process themselves."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_PORT=port)
+    sys.argv = [str(EXAMPLES / arguments[0]), *arguments[1:]]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def run_examples(names):
+    """names: EXAMPLE.py ARGUMENTS@RANKS."""
+    os.environ["MASTER_ADDR"] = "localhost"
+    for name in names:
+        arguments, ranks = name.split("@")
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        error = None
+        try:
+            mp.start_processes(run_example, (int(ranks), port, arguments.split()), int(ranks), start_method="fork")
+        except mp.ProcessRaisedException as raised:
+            error = str(raised)
+        print(json.dumps({"check": name, "error": error}), flush=True)
+
+
 if __name__ == "__main__":
     *names, path = sys.argv[1:]
-    if any(name.startswith("tensor_parallel") for name in names):
+    examples = [name for name in names if ".py" in name]
+    on_gpus = [name for name in names if name.endswith("gpus")]  # CHECK@RANKSgpus
+    checks = [name for name in names if name not in (*examples, *on_gpus)]
+    if examples or {"tensor_parallel", "prompt_in_parts"} & {name.split("@")[0] for name in checks}:
         import kvevict.hf  # noqa: F401 - takes seconds, here once for all ranks
-    mp.start_processes(run, (names, path), nprocs=RANKS, start_method="fork")
+    if checks:
+        mp.start_processes(run, (checks, path), nprocs=RANKS, start_method="fork")
+    for ranks in {int(name.split("@")[1].removesuffix("gpus")) for name in on_gpus}:
+        own = [name for name in on_gpus if name.endswith(f"@{ranks}gpus")]
+        mp.start_processes(run_on_gpus, (own, f"{path}{ranks}", ranks), nprocs=ranks, start_method="spawn")
+    run_examples(examples)

@@ -10,19 +10,22 @@ import pytest
 import torch
 from distributed_ranks import RANKS, positions_of
 
+from kvevict import distributed
+
 SCRIPT = pathlib.Path(__file__).with_name("distributed_ranks.py")
+ON_CPUS = {"KVEVICT_BACKEND": "reference", "TRITON_INTERPRET": "1", "GLOO_SOCKET_IFNAME": "lo"}
 ON_BOTH = ["matrix", "cut_decode_cut", "mass", "rebalance", "collectives"]
 CHECKS = [
     *(f"{check}@{ranks}" for ranks in (2, 4) for check in ON_BOTH),
     "scores_with_ties_everywhere@4", "a_rank_without_tokens@4", "layers_in_one_call@4", "bad_input@4",
     "positions_on_request@4", "interpreted@2", "compiles_whole@2", "one_rank@2", "a_mesh_is_a_group@4",
-    "tensor_parallel@4",
+    "group_is_one@4", "prompt_in_parts@2", "tensor_parallel@4", "tensor_parallel.py --tokens 300@2",
 ]  # fmt: skip
 
 
-def run(checks, path, seconds):
+def run(checks, path, seconds, environment=ON_CPUS):
     """{check: None, or the error of the rank that was the first to fail}; what never ran is missing."""
-    environment = {**os.environ, "KVEVICT_BACKEND": "reference", "TRITON_INTERPRET": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, **environment}
     environment["PYTHONPATH"] = str(SCRIPT.parent.parent)
     command = [sys.executable, SCRIPT, *checks, path]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
@@ -42,11 +45,41 @@ def test_ranks_agree_with_one_process(results, check):
     assert found[check] is None, found[check]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_on_gpus_agree_with_one_process(ranks, tmp_path):
+    """Over NCCL; what is captured in a graph replays with equal bits."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    names = ["matrix", "cut_decode_cut", "mass", "rebalance", "scores_with_ties_everywhere", "graph"]
+    checks = [f"{name}@{ranks}gpus" for name in names]
+    found, stderr = run(checks, tmp_path / "store", 600, {"KVEVICT_BACKEND": "triton"})
+    assert found == dict.fromkeys(checks), stderr[-3000:]
+
+
+def test_ranks_agree_where_their_collectives_take_tensors(monkeypatch):
+    """A group made without a backend, on a machine with GPUs."""
+    monkeypatch.setattr(distributed.dist, "get_backend_config", lambda group: "cuda:nccl")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert distributed._device_of(None) == torch.device("cuda", 1)
+    monkeypatch.setattr(distributed.dist, "get_backend_config", lambda group: "cpu:gloo,cuda:gloo")
+    assert distributed._device_of(None) == torch.device("cpu")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_case_of_the_matrix(ranks, tmp_path):
     found, stderr = run([f"matrix_whole@{ranks}"], tmp_path / "store", 1200)
     assert found == {f"matrix_whole@{ranks}": None}, stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", [
+    "tensor_parallel.py@3", "context_parallel.py@2", "context_parallel.py --layout striped@4",
+])  # fmt: skip
+def test_examples_with_a_real_model(example, tmp_path):
+    found, stderr = run([example], tmp_path / "store", 300)
+    assert found == {example: None}, stderr[-3000:]
 
 
 @pytest.mark.parametrize("layout, expected", [

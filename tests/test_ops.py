@@ -376,6 +376,32 @@ def test_opcheck():
                 torch.zeros(1, dtype=torch.int32, device=DEVICE),
             ),
         ),
+        (
+            ops.count_digits.default,
+            (
+                scores,
+                indices.new_tensor(range(20)).expand(2, 2, 20),
+                torch.tensor([[1, 18, 20, 5], [0, 7, 7, 3]], device=DEVICE),
+                torch.tensor([0, 5, 1, 18, 20], device=DEVICE).expand(2, 2, 5).contiguous(),
+                torch.ones(2, 2, 256, dtype=torch.int32, device=DEVICE),
+                5,
+                21,
+                torch.zeros(2, 2, 5, dtype=torch.int64, device=DEVICE),
+                torch.zeros(2, 2, 256, dtype=torch.int32, device=DEVICE),
+            ),
+        ),
+        (
+            ops.kept_slots.default,
+            (
+                scores,
+                indices.new_tensor(range(20)).expand(2, 2, 20),
+                torch.tensor([2**30, 5, 1, 18, 20], device=DEVICE).expand(2, 2, 5).contiguous(),
+                torch.ones(2, 2, 32, dtype=torch.int32, device=DEVICE),
+                5,
+                torch.zeros(2, 2, 10, dtype=torch.int64, device=DEVICE),
+                torch.zeros(2, 2, dtype=torch.int64, device=DEVICE),
+            ),
+        ),
     ]
     from kvevict.backends import reference
 

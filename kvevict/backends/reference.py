@@ -19,10 +19,12 @@ __all__ = [
     "attention_peaks",
     "check_rows",
     "copy_rows",
+    "count_digits",
     "decode_attention",
     "evict_slots",
     "fill_holes",
     "keep_counts",
+    "kept_slots",
     "key_norm_scores",
     "keydiff_scores",
     "kv_scores",
@@ -490,6 +492,71 @@ def evict_slots(scores: Tensor, sink: int, recent: int, lengths: Tensor | None, 
             count = min(out.shape[2], last - first)
             order = _best_first(scores[b, h, first:last])
             out[b, h, :count] = first + order[len(order) - count :].sort()[0]
+
+
+def _in_order(scores: Tensor, positions: Tensor, bits: int) -> Tensor:
+    """[B, H, L] int64, at least 0: no two tokens of a row, on whichever ranks, have the same number. The best score has
+    the smallest, -0.0 is 0.0, NaN is last; of ties the lower position."""
+    as_int = scores.masked_fill(scores == 0.0, 0.0).contiguous().view(torch.int32)
+    ascending = as_int ^ ((as_int >> 31) & 0x7FFFFFFF)
+    best_first = (-1 - ascending).masked_fill(scores.isnan(), 0x7FFFFFFF).long() + 2**31
+    return best_first * 2**bits + positions.clamp(min=0)
+
+
+def _narrowed(before: Tensor, summed: Tensor) -> Tensor:
+    """The state with one more digit of the last number: the first value up to which there are enough candidates."""
+    prefix, nth = before[..., 0], before[..., 1]
+    upto = summed.long().cumsum(-1)
+    nth = torch.minimum(nth, upto[..., -1])  # all of them, where there are fewer
+    passed = upto < nth[..., None]
+    digit, better = passed.sum(-1), upto.masked_fill(~passed, 0).amax(-1)
+    return torch.cat([torch.stack([prefix * summed.shape[2] + digit, nth - better], -1), before[..., 2:]], -1)
+
+
+def count_digits(
+    scores: Tensor,
+    positions: Tensor,
+    limits: Tensor,
+    before: Tensor | None,
+    summed: Tensor | None,
+    bits: int,
+    left: int,
+    after: Tensor,
+    counts: Tensor,
+) -> None:
+    """One digit of a search over ranks for the last token that is kept: how many candidates here have each value of the
+    digit above the `left` lowest bits of their number, of those that share the digits before it.
+
+    limits [B, 4]: the positions where sinks end, recent tokens begin and the request ends; candidates that are needed.
+    before, after [B, H, 5]: the digits that are known; which of the candidates with these it is, from 1 (0: none is
+    needed); the slots where candidates begin and end, and where tokens end. summed [B, H, bins]: what was counted of
+    the digit before, on all ranks. Of the first digit there are neither.
+    """
+    (B, H, L), bins = scores.shape, counts.shape[2]
+    if before is None or summed is None:
+        slots = [((positions >= 0) & (positions < limits[:, None, None, i])).sum(-1) for i in range(3)]
+        need = limits[:, 3:].expand(B, H)
+        after.copy_(torch.stack([torch.zeros_like(need), need, *(x.expand(B, H) for x in slots)], -1))
+    else:
+        after.copy_(_narrowed(before, summed))
+    prefix, first, last = (after[..., i, None] for i in (0, 2, 3))
+    numbers, slot = _in_order(scores, positions, bits) >> left, torch.arange(L, device=scores.device)
+    competes = (slot >= first) & (slot < last) & (numbers // bins == prefix)
+    counts.zero_().scatter_add_(-1, numbers % bins, competes.int())
+
+
+def kept_slots(
+    scores: Tensor, positions: Tensor, before: Tensor, summed: Tensor, bits: int, out: Tensor, held: Tensor
+) -> None:
+    """The end of that search: which tokens here are kept, ascending, and how many."""
+    L, n = scores.shape[2], out.shape[2]
+    number, nth, first, last, end = _narrowed(before, summed)[..., None].unbind(-2)
+    slot = torch.arange(L, device=scores.device)
+    protected = (slot < first) | ((slot >= last) & (slot < end))
+    chosen = (slot >= first) & (slot < last) & (_in_order(scores, positions, bits) <= number) & (nth > 0)
+    order = torch.where(protected | chosen, slot, L).sort(-1).values[..., :n]
+    out.copy_(order.masked_fill(order == L, -1))
+    held.copy_((out >= 0).sum(-1))
 
 
 def fill_holes(indices: Tensor, out: Tensor) -> None:

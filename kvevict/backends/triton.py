@@ -12,6 +12,7 @@ from kvevict.kernels.score_mlp import mlp_scores
 from kvevict.kernels.score_norm import key_norm_scores
 from kvevict.kernels.score_peaks import attention_peaks
 from kvevict.kernels.score_products import projected_norms, quadratic_scores
+from kvevict.kernels.select_ranks import count_digits, kept_slots
 from kvevict.kernels.select_topk import evict_slots, topk_adaptive, topk_indices
 
 __all__ = [
@@ -21,10 +22,12 @@ __all__ = [
     "attention_peaks",
     "check_rows",
     "copy_rows",
+    "count_digits",
     "decode_attention",
     "evict_slots",
     "fill_holes",
     "keep_counts",
+    "kept_slots",
     "key_norm_scores",
     "keydiff_scores",
     "kv_scores",

@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvevict import validate
-from kvevict.hf import masks, parallel, reconstruct, rotary, saved, shares
+from kvevict.hf import devices, masks, parallel, reconstruct, rotary, saved, shares
 from kvevict.hf.attention import NAME, SET_UP, set_up
 from kvevict.hf.choice import Choice, choose_together
 from kvevict.hf.layer import EvictingLayer, Eviction, new_tokens
@@ -536,18 +536,26 @@ class EvictingCache(Cache):
         model: Any,
         policy: Policy | str | None = None,
         *,
-        device: Any = "cpu",
+        device: Any = None,
+        device_map: Any = None,
         **options,
     ) -> EvictingCache:
         """Read what `save_pretrained` wrote; the other arguments as for a new cache.
 
+        Args:
+            device: of all layers. None: each layer lies where the model computes it, as `model.hf_device_map` or, where
+                there is none, its weights say; given a config, on the CPU.
+            device_map: {module's name: device}, as `model.hf_device_map` is, instead of what the model says.
+
         Raises:
             FileNotFoundError: no such cache.
-            ValueError: not a whole and consistent one; of another model; without what the policy reads.
+            TypeError, ValueError: not a whole and consistent one; of another model; without what the policy reads; no
+                such device, or none for a layer.
         """
         cache = cls(model, policy, **options)
         layers = cache._saveable()
-        saved.load(layers, cache._config, pathlib.Path(folder), device)
+        where = devices.of_layers(model, [layer.index for layer in layers], device, device_map)
+        saved.load(layers, cache._config, pathlib.Path(folder), where)
         cache._unequal |= len({layer.cached() for layer in layers if layer.is_initialized}) > 1
         cache._unequal |= any(layer.pages is not None for layer in layers)
         return cache

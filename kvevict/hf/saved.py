@@ -100,15 +100,15 @@ def _unpacked(own: dict[str, Tensor]) -> pages.Pages | None:
     return pages.pack(keys, values, slots.masked_fill(~inside, -1))
 
 
-def load(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path, device: Any) -> None:
-    """Fill new layers.
+def load(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path, devices: Sequence[torch.device]) -> None:
+    """Fill new layers, each on its device.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it is not whole, not consistent, of another model or without what the policy reads; names the file.
     """
     path = folder / FILE
-    state, tensors = _read(path, device)
+    state, tensors = _read(path)
     try:
         if state["format"] != FORMAT:
             raise ValueError(f"has format {state['format']}: expected {FORMAT}")
@@ -122,7 +122,7 @@ def load(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path, dev
         there = [i for i, of_layer in enumerate(state["layers"]) if of_layer is not None] or [0]
         batch = tensors[f"{there[0]}.keys"].shape[0]
         first: dict[str, int] = {}
-        for i, (layer, of_layer) in enumerate(zip(layers, state["layers"], strict=True)):
+        for i, (layer, of_layer, device) in enumerate(zip(layers, state["layers"], devices, strict=True)):
             if i not in there:
                 continue
             prefix = f"{i}."
@@ -133,7 +133,7 @@ def load(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path, dev
             for name, expected in first.items():
                 if alike[name] != expected:
                     raise ValueError(f"has {name} {alike[name]} in layer {i}: expected {expected}, as the model has")
-            _fill(layer, own, of_layer)
+            _fill(layer, {name: x.to(device) for name, x in own.items()}, of_layer)
     except KeyError as error:
         raise ValueError(f"{path} has no {error}: expected what save_pretrained writes") from error
     except (AttributeError, TypeError, ValueError) as error:
@@ -142,11 +142,11 @@ def load(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path, dev
         raise ValueError(f"{path} {error}") from error
 
 
-def _read(path: pathlib.Path, device: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
+        with safe_open(str(path), framework="pt") as file:
             metadata = (file.metadata() or {}).get("kvevict")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except FileNotFoundError:

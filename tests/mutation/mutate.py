@@ -38,6 +38,7 @@ def tests(cases: str, *files: str, backend: str = "triton") -> str:
 BORDERS = "tests/test_borders.py"
 TESTS = {
     "kernels/select_topk.py": tests("topk_indices or evict_slots", BORDERS),
+    "kernels/select_ranks.py": "tests/test_select_ranks.py",
     "kernels/compact_kv.py": tests("compact", "tests/test_compact_kv.py"),
     "kernels/score_keydiff.py": tests("keydiff_scores or paged_scores", "tests/test_score_keydiff.py", BORDERS),
     "kernels/score_kv.py": tests("kv_scores", "tests/test_score_kv.py"),
@@ -69,6 +70,7 @@ TESTS = {
     "kvevict/hf/attention.py": "tests/test_hf_masks.py",
     "kvevict/hf/cache.py": "tests/fuzz/test_cache.py tests/test_hf_crop.py tests/test_hf_saved.py",
     "kvevict/hf/layer.py": "tests/fuzz/test_cache.py tests/test_hf_crop.py",
+    "kvevict/hf/devices.py": "tests/test_hf_devices.py",
     "kvevict/hf/fit.py": "tests/test_learned_kv.py",
     "kvevict/hf/masks.py": "tests/test_hf_masks.py",
     "kvevict/hf/pages.py": "tests/test_hf_heads.py",

@@ -226,6 +226,24 @@ def test_selection_over_heads(kind, S):
         assert_same("topk_adaptive", *arguments, unwritten(2, 3, S, dtype=torch.int64), out=[7])
 
 
+@pytest.mark.parametrize("kind, S", matrix(KINDS, (5, 100, 4200), quick=[("odd", 5), ("ties", 100)]))
+def test_selection_over_ranks(kind, S):
+    """All digits of a search and its end, on one of two ranks; the other's counts are the same. 4,200 tokens are three
+    runs."""
+    scores, places, bits = scores_of(kind, 2, 2, S), torch.arange(0, 2 * S, 2).expand(2, 2, S), (2 * S).bit_length()
+    limits = torch.tensor([[3, 2 * S - 2, 2 * S, S // 2], [0, S, S, S // 3 + 1]])
+    before, summed, above = None, None, 32 + bits
+    while above > 0:
+        left = max(above - 8, 0)
+        after, counts = unwritten(2, 2, 5, dtype=torch.int64), unwritten(2, 2, 2 ** (above - left), dtype=torch.int32)
+        arguments = (scores, places, limits, before, summed, bits, left, after, counts)
+        assert_same("count_digits", *arguments, out=[7, 8])
+        reference.count_digits(*arguments)
+        before, summed, above = after, 2 * counts, left
+    out, held = unwritten(2, 2, S // 2 + 3, dtype=torch.int64), unwritten(2, 2, dtype=torch.int64)
+    assert_same("kept_slots", scores, places, before, summed, bits, out, held, out=[5, 6])
+
+
 @pytest.mark.parametrize("wrong", ["nothing", "length", "block"])
 def test_rows_are_checked(wrong):
     _, table = pages(2, 1, 100, 8, FP32)
