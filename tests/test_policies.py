@@ -232,8 +232,8 @@ def test_a_file_that_is_no_whole_learned_scorer_is_refused(tmp_path):
         assert str(path) in str(caught.value)
     save_file(tensors, str(path), metadata=good)
     assert torch.equal(policies.Scorer.load(path).weights[0], tensors["w1"])
-    with pytest.raises(ValueError, match=r"layers\[0\] has shapes \[\(3,\)\]"):
-        Learned(layers=((torch.zeros(3),),))
+    with pytest.raises(ValueError, match=r"weights has shapes \[\(3,\)\]: expected W, b or W1, b1, W2, b2"):
+        Learned(weights=(torch.zeros(3),))
 
 
 @settings(max_examples=200, deadline=None)
