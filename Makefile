@@ -137,7 +137,7 @@ quality-shares: $(READY)  ## the same when layers and heads keep unequal numbers
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-peers.txt kvpress rich gguf
 	@touch $@
 
-quality-peers: .venv-peers/.installed  ## kvpress beside our policies on the same samples (QUALITY="--samples 2")
+quality-peers: .venv-peers/.installed  ## kvpress beside our policies on the contexts of kvevict eval (QUALITY="--contexts 2")
 	KVEVICT_BACKEND=reference PYTHONPATH=. .venv-peers/bin/python -m bench.quality_peers $(QUALITY)
 
 clean:  ## remove the environment and caches, keep fetched models and results
