@@ -57,7 +57,7 @@ def test_losses_are_those_of_plain_forwards():
     """The whole cache's loss is that of one forward without a cache; an evicted one's that of a cache evicted here."""
     model = tiny()
     model.set_attn_implementation("kvevict")
-    context, question, answer = quality.build("fact", 0, Characters(), TEXT, 1000)
+    context, question, answer = TEXT[:200], TEXT[200:220], TEXT[220:225]
     with kvevict.backend("reference"):
         results = quality.run_sample(model, context, question, answer, both=True)
     logits = model(torch.tensor([context + question + answer])).logits[0].log_softmax(-1)
@@ -70,7 +70,7 @@ def test_losses_are_those_of_plain_forwards():
     model(torch.tensor([context]), past_key_values=cache)
     policy = quality.POLICIES["keydiff"]
     kept = [policy.compact(x.keys, x.values, keep=0.5, inplace=False)[:2] for x in cache.layers]
-    positions = torch.arange(1000, 1000 + len(question + answer))[None]
+    positions = torch.arange(200, 200 + len(question + answer))[None]
     logits = model(torch.tensor([question + answer]), past_key_values=DynamicCache(kept), position_ids=positions).logits
     loss = -logits[0].log_softmax(-1)[-len(answer) - 1 : -1].gather(-1, target).mean().item()
     assert results["unseen"]["keydiff"]["0.5"][0] == pytest.approx(loss, abs=1e-4)
