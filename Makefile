@@ -19,7 +19,7 @@ endif
 PLAIN = KVEVICT_BACKEND=$$($(PY) -c "import torch; print('auto' if torch.cuda.is_available() else 'reference')")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train test test-ptx test-versions test-all fuzz mutate test-vllm lint bench quality quality-shares quality-peers docs docs-serve clean
+.PHONY: help setup demo train test test-ptx test-versions test-all fuzz mutate test-vllm lint bench quality quality-policies quality-peers docs docs-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -126,11 +126,12 @@ lint: $(READY)  ## ruff (lint, format) and mypy
 bench: $(READY)  ## rooflines into bench/results/<device>/ (BENCH="--quick --out DIR")
 	$(PY) -m bench $(BENCH)
 
-quality: $(READY)  ## what a model still knows after eviction, every policy and share (QUALITY="--quick")
-	$(PLAIN) $(PY) -m bench.quality $(QUALITY)
+MODEL ?= SmolLM2-135M
+quality: $(READY)  ## what a model still knows after eviction: kvevict eval, unseen and seen (MODEL=qwen2.5-coder-0.5b)
+	$(PLAIN) $(PY) -m bench.quality_model --model $(MODEL) $(QUALITY)
 
-quality-shares: $(READY)  ## the same when layers and heads keep unequal numbers: kvevict eval (QUALITY="--out DIR ...")
-	$(PLAIN) $(PY) -m kvevict eval $(QUALITY)
+quality-policies: $(READY)  ## more policies, tried and named, with equal heads (QUALITY="--quick")
+	$(PLAIN) $(PY) -m bench.quality $(QUALITY)
 
 .venv-peers/.installed:
 	$(PYTHON) -m venv .venv-peers
@@ -138,7 +139,7 @@ quality-shares: $(READY)  ## the same when layers and heads keep unequal numbers
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-peers.txt kvpress rich gguf
 	@touch $@
 
-quality-peers: .venv-peers/.installed  ## kvpress beside our policies on the same samples (QUALITY="--samples 2")
+quality-peers: .venv-peers/.installed  ## kvpress beside our policies on the contexts of kvevict eval (QUALITY="--contexts 2")
 	KVEVICT_BACKEND=reference PYTHONPATH=. .venv-peers/bin/python -m bench.quality_peers $(QUALITY)
 
 clean:  ## remove the environment and caches, keep fetched models and results

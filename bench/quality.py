@@ -1,10 +1,10 @@
 """`python -m bench.quality`: what a model still knows after its cache was shrunk, for every policy and share.
 
-Tasks: a hidden fact; four facts, of which one is asked; a lookup in a list of pairs; the loss of the text's next 64
-tokens. The cache is shrunk before the question is seen (unseen), or with the question in it (seen). Every sample is
-read once; its cache is copied, evicted and asked for every policy and share, all policies of a share in one batch.
-Positions go on from the tokens seen; the answer is teacher-forced, so a loss is that of every answer token given the
-right ones before it, and a hit means that each of them was the likeliest.
+Tasks: those of `kvevict eval` (kvevict/tasks.py), one question of a context; the loss of a text's next 64 tokens. The
+cache is shrunk before the question is seen (unseen), or with the question in it (seen). Every sample is read once; its
+cache is copied, evicted and asked for every policy and share, all policies of a share in one batch. Positions go on
+from the tokens seen; the answer is teacher-forced, so a loss is that of every answer token given the right ones before
+it, and a hit means that each of them was the likeliest.
 
 Samples are appended to bench/results/<device>/quality-<tokens>.jsonl as they are done, and not done again; the table
 (.md), the summary (.json) and the plot (.png) are made from that file.
@@ -23,7 +23,7 @@ import torch
 import kvevict
 import kvevict.hf  # its attention
 from bench import RESULTS, device_name
-from kvevict import models, ops
+from kvevict import models, ops, tasks
 from kvevict.colors import line_of
 from kvevict.evaluate import observe, read
 from kvevict.policies import (
@@ -37,7 +37,6 @@ from kvevict.policies import (
     Policy,
     Pyramid,
 )
-from kvevict.tasks import CITIES, WORDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,44 +66,20 @@ POLICIES = {
     "tova · ‖v‖ + keydiff": Hybrid(parts=((0.5, ValuedTOVA()), (0.5, KeyDiff())), heads="shared"),
 }
 PYRAMID = "tova + keydiff, pyramid"  # RECOMMENDED, with a budget that falls from layer to layer
-TASKS = ("fact", "facts", "lookup", "continuation")
+CONTINUATION = "continuation"
+TASKS = (*tasks.TASKS, CONTINUATION)
 
 
 def build(task, sample, tokenizer, text, tokens):
-    """(context, question, answer) ids of one sample; the same for the same arguments."""
-    rng = random.Random(f"{task} {sample} {tokens}")
-
-    def ids(words):
-        return tokenizer(words, add_special_tokens=False)["input_ids"]
-
-    def number():
-        return str(rng.randrange(10000, 100000))
-
-    start = rng.randrange(len(text) - tokens - 64)
-    if task == "continuation":
+    """(context, question, answer) ids of one sample: the first of `kvevict.tasks` for the task; the same for the same
+    arguments."""
+    if task == CONTINUATION:
+        start = random.Random(f"{task} {sample} {tokens}").randrange(len(text) - tokens - 64)
         body = text[start : start + tokens + 64]
         return body[:tokens], body[tokens : tokens + 1], body[tokens + 1 :]
-    if task == "lookup":
-        keys, values = rng.sample(WORDS, 8), rng.sample(CITIES, 8)
-        hidden = [ids("\n\n" + "".join(f"{k}: {v}\n" for k, v in zip(keys, values, strict=True)) + "\n")]
-        which = rng.randrange(8)
-        question, answer = f"\n\nFrom the list above:\n{keys[which]}:", f" {values[which]}"
-    else:
-        cities = rng.sample(CITIES, 1 if task == "fact" else 4)
-        numbers = [number() for _ in cities]
-        hidden = [ids(f" The magic number of {c} is {n}. ") for c, n in zip(cities, numbers, strict=True)]
-        which = rng.randrange(len(cities))
-        city = cities[which]
-        question = f"\n\nQuestion: what is the magic number of {city}?\nAnswer: the magic number of {city} is"
-        answer = f" {numbers[which]}"
-    room = tokens - sum(map(len, hidden))
-    body = text[start : start + room]
-    places = sorted(rng.uniform(0.1, 0.9) for _ in hidden)
-    context, done = [], 0
-    for place, piece in zip(places, hidden, strict=True):
-        context += body[done : int(place * room)] + piece
-        done = int(place * room)
-    return context + body[done:], ids(question), ids(answer)
+    context, asked = tasks.build(sample, tokenizer, text, tokens)
+    _, question, answer = next(one for one in asked if one.task == task)
+    return context, question, answer
 
 
 @torch.no_grad()
@@ -279,7 +254,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, help="folder; default: bench/results/<device>")
     options = parser.parse_args()
     if options.quick:
-        options.samples, options.tasks = 2, ["fact", "continuation"]
+        options.samples, options.tasks = 2, ["fact", CONTINUATION]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = device_name(options.device)
@@ -297,7 +272,7 @@ def main():
     with Progress() as progress, path.open("a") as file:
         for task, i in progress.track(wanted, description=f"{len(done)} done before"):
             context, question, answer = build(task, i, tokenizer, text, options.tokens)
-            results = run_sample(model, context, question, answer, both=task != "continuation")
+            results = run_sample(model, context, question, answer, both=task != CONTINUATION)
             line = dict(model=options.model, task=task, sample=i, tokens=options.tokens, results=results)
             file.write(json.dumps(line) + "\n")
             file.flush()

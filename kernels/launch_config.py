@@ -102,10 +102,10 @@ def select_config(rows: int, tokens: int, multiprocessors: int) -> SelectConfig:
     much = rows * tokens >= 12288 * multiprocessors
     if tokens <= 32768 and much:
         return SelectConfig(32768, 1, tokens, num_warps=16)
-    # All programs of a launch that waits at barriers must run at once: one of 512 threads on each multiprocessor, or two
-    # of 256, with 128 of its 65,536 registers a thread at most, which select_topk.py asks of the compiler. Two wait less
-    # for each tile, and have twice the runs, whose counts every program adds up: 23.1 instead of 21.3 µs for 8 rows of
-    # 131,072, but 139 instead of 182 for 1,048,576.
+    # All programs of a launch that waits at barriers must run at once: one of 512 threads on each multiprocessor, or
+    # two of 256, with 128 of its 65,536 registers a thread at most, which select_topk.py asks of the compiler. Two wait
+    # less for each tile, and have twice the runs, whose counts every program adds up: 23.1 instead of 21.3 µs for 8
+    # rows of 131,072, but 139 instead of 182 for 1,048,576.
     fit, num_warps = (2, 8) if much else (1, 16)
     wanted = max(1, min(fit * multiprocessors // rows, MAX_SELECT_SPLITS))
     chunk = cdiv(cdiv(tokens, wanted), SelectConfig.block) * SelectConfig.block

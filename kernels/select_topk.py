@@ -173,8 +173,8 @@ def select_row_kernel(
     kth, better = _kth_key(keys, need)
     none = tl.full([], 0, tl.int32)  # nothing lies before the row
     _write(
-        row_ptr, keys if HELD == BLOCK else None, 0, S, out_ptr + row * out_stride, n, length, written, first, last, kth, need - better, none, none,
-        BLOCK, MODE,
+        row_ptr, keys if HELD == BLOCK else None, 0, S, out_ptr + row * out_stride, n, length, written, first, last,
+        kth, need - better, none, none, BLOCK, MODE,
     )  # fmt: skip
     _clear(clear_ptr, clear_size, BLOCK)
 
@@ -227,8 +227,8 @@ def _sum_counts(histograms_ptr, split, splits, ROUND: tl.constexpr):
 @triton.jit
 def _next_digit(counts, prefix, need, ROUND: tl.constexpr):
     """The prefix one byte longer, how many keys with exactly that prefix are still needed, and the bins [256] of keys
-    that are better by this byte. None needed: the keys below the prefix are just as many as are needed, and it is longer
-    by zeros only."""
+    that are better by this byte. None needed: the keys below the prefix are just as many as are needed, and it is
+    longer by zeros only."""
     below = tl.cumsum(counts, 0)
     passed = (below <= need) & (tl.arange(0, _DIGIT_BINS) < _DIGIT_BINS - 1) & (need > 0)
     digit_and_taken = tl.sum(tl.where(passed, counts.to(tl.int64) + (1 << 32), 0), 0)  # one sum of both

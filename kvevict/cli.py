@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from kvevict import __version__, evaluate, measure_shares, models, planner, train_kv
+from kvevict import __version__, evaluate, measure_shares, models, planner
 from kvevict import demo as demo_module
 from kvevict import train as train_module
 
@@ -129,33 +129,27 @@ def train(
     model: Model = models.SMOLLM2,
     text: Texts = None,
     features: Annotated[
-        str, typer.Option(help="kv: keys and values, fitted in closed form. mlp: a network on hidden states.")
+        str,
+        typer.Option(help="kv: keys and values; h: hidden states, both in closed form. mlp: a network on the latter."),
     ] = "kv",
     tokens: Annotated[int, typer.Option(help="Tokens to read in all; some of them are held out.")] = 5760,
     length: Annotated[int, typer.Option(help="Length of a piece in tokens.")] = 640,
-    future: Annotated[int, typer.Option(help="mlp: tokens behind a piece, whose attention is predicted.")] = 128,
-    layers: Annotated[int | None, typer.Option(help="mlp: train the first so many layers; default: all.")] = None,
     epochs: Annotated[int, typer.Option(help="mlp: at most so many; a layer stops when held-out loss does.")] = 12,
-    device: Device = "cpu",
-    output: Annotated[
-        pathlib.Path | None, typer.Option("--out", help="Where the scorer goes (safetensors); mlp: in the cache.")
+    facts: Annotated[
+        int | None, typer.Option(help="Also ask for facts hidden in so many tokens, more than --length, say.")
     ] = None,
+    device: Device = "cpu",
+    output: Annotated[pathlib.Path, typer.Option("--out", help="Where the scorer goes (safetensors).")] = pathlib.Path(
+        "kvevict-scorer.safetensors"
+    ),
     report: Annotated[pathlib.Path, typer.Option(help="Name of the JSON and PNG report.")] = pathlib.Path(
         "kvevict-train"
     ),
 ) -> None:
-    """Fit a learned scorer to a model: which tokens its later queries will attend to."""
+    """Fit a learned scorer to a model, which tokens it needs to repeat its text, and measure the model's shares."""
     _require(*RUNS_A_MODEL)
     try:
-        if features == "kv":
-            train_kv.run(
-                model, text or [], tokens, length, device, output or pathlib.Path("kvevict-scorer.safetensors"), report
-            )
-        elif features == "mlp" and len(text or []) < 2:
-            one = text[0] if text else None
-            train_module.run(model, one, tokens // length, length, future, layers, epochs, device, output, report)
-        else:
-            raise models.Unavailable(f"--features is {features!r}: expected kv, or mlp with one --text")
+        train_module.run(model, text or [], features, tokens, length, epochs, facts, device, output, report)
     except models.Unavailable as error:
         print(f"kvevict train: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
@@ -212,8 +206,11 @@ def evaluate_policies(
             help=f"How a budget falls: {', '.join(evaluate.COLUMNS)}; separated by commas. Default: all there are."
         ),
     ] = [],  # noqa: B006
+    scorer: Annotated[
+        pathlib.Path | None, typer.Option(help="learned: a file of `kvevict train`; default: what the package has.")
+    ] = None,
     shares: Annotated[
-        pathlib.Path | None, typer.Option(help="Of `kvevict budgets`; default: what the package has for the model.")
+        pathlib.Path | None, typer.Option(help="Of `kvevict budgets`; default: the scorer's, or what the package has.")
     ] = None,
     seen: Annotated[bool, typer.Option(help="Cut when the question has been read.")] = False,
     device: Device = "cpu",
@@ -227,7 +224,7 @@ def evaluate_policies(
         names = [name for part in policies for name in part.split(",")]
         keeps = [_share(share) for part in keep for share in part.split(",")]
         columns = [column for part in budgets for column in part.split(",")]
-        evaluate.run(model, text, tokens, contexts, names, keeps, columns, shares, seen, device, out)
+        evaluate.run(model, text, tokens, contexts, names, keeps, columns, scorer, shares, seen, device, out)
     except models.Unavailable as error:
         print(f"kvevict eval: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

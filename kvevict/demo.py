@@ -18,7 +18,7 @@ from torch import Tensor
 from kvevict import demo_page, models
 from kvevict.backends import backend, pick
 from kvevict.colors import line_of
-from kvevict.policies import NAMED, RECOMMENDED, Budget, Fixed, Hybrid, Learned, LearnedKV, Policy
+from kvevict.policies import NAMED, RECOMMENDED, Budget, Fixed, Hybrid, LearnedKV, Policy, Scorer
 from kvevict.policies.shares import find
 
 if TYPE_CHECKING:  # the command line answers --help without transformers
@@ -196,7 +196,7 @@ def chosen_policies(names: list[str], weights: pathlib.Path | None) -> dict[str,
         if name == LEARNED:
             if weights is not None:
                 try:
-                    policies[name] = _load(weights)
+                    policies[name] = Scorer.load(weights)
                 except (OSError, ValueError) as error:
                     raise models.Unavailable(f"--policy is {name}, without weights: {error}") from error
         elif name in known:
@@ -204,14 +204,6 @@ def chosen_policies(names: list[str], weights: pathlib.Path | None) -> dict[str,
         else:
             raise models.Unavailable(f"--policy is {name}: expected one of {', '.join(known)}, {LEARNED}, all")
     return policies
-
-
-def _load(weights: pathlib.Path) -> Policy:
-    """Either kind of learned scorer."""
-    try:
-        return LearnedKV.load(weights)
-    except ValueError:
-        return Learned.load(weights)
 
 
 def add_learned(policies: dict[str, Policy], config: Any, required: bool) -> None:
@@ -242,11 +234,6 @@ def shared_out(shares: str, model: Any, keep: float) -> float | Budget:
             "measures them"
         )
     return Fixed(found, keep, per=shares.removesuffix("s"))
-
-
-def weights_path(model_name: str) -> pathlib.Path:
-    """Where `kvevict train` puts a model's learned scorer, and the demo looks for it."""
-    return models.cache_dir() / f"learned-{model_name.replace('/', '--')}.safetensors"
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ are those of the contexts' means, because questions about one context are not in
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import pathlib
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from kvevict import __version__, models, ops, tasks, validate
 from kvevict.colors import line_of
-from kvevict.policies import Fixed, LearnedKV, Observed, Policy, Shares, Tracker, model_wide
+from kvevict.policies import Fixed, LearnedKV, Observed, Policy, Scorer, Shares, Tracker, model_wide
 from kvevict.policies.base import within
 from kvevict.policies.shares import find
 
@@ -55,14 +56,16 @@ def read(model: Any, context: list[int]) -> tuple[Layers, models.Captured]:
     return [(layer.keys, layer.values) for layer in cache.layers], captured
 
 
-def observe(layers: Layers, captured: models.Captured) -> list[dict[str, Any]]:
-    """The fields of Observed for every layer, but keys and hidden. Mass is the prompt's; last use is noted as if the
-    last tokens had been decoded."""
+def observe(
+    layers: Layers, captured: models.Captured, reduce: str = "sum", min_distance: int = 0
+) -> list[dict[str, Any]]:
+    """The fields of Observed for every layer, but keys. Mass is the prompt's, as a Tracker notes it; last use is noted
+    as if the last tokens had been decoded."""
     observed = []
     for layer, (keys, values) in enumerate(layers):
-        queries, _ = captured.of(layer)
+        queries, hidden = captured.of(layer)
         B, H, S = keys.shape[:3]
-        tracker = Tracker(B, H, S, keys.device)
+        tracker = Tracker(B, H, S, keys.device, reduce=reduce, min_distance=min_distance)
         tracker.append(S)
         tracker.observe(queries, keys)
         last = queries[:, :, -LAST_STEPS:].unflatten(1, (H, -1)).float()
@@ -71,7 +74,9 @@ def observe(layers: Layers, captured: models.Captured) -> list[dict[str, Any]]:
         weights = logits.masked_fill(~seen, -math.inf).softmax(-1).mean(2)  # [B, H, steps, S]
         steps = torch.arange(S - last.shape[3], S, device=keys.device)[:, None]
         used = torch.where(weights >= 1e-3, steps, -1).amax(2).int()
-        observed.append(dict(queries=queries, values=values, mass=tracker.mass, last_used=used, layer=layer))
+        observed.append(
+            dict(queries=queries, hidden=hidden, values=values, mass=tracker.mass, last_used=used, layer=layer)
+        )
     return observed
 
 
@@ -123,26 +128,30 @@ def ask(model: Any, cache: Any, seen: int, question: list[int], answer: list[int
     return losses.mean().item(), bool((logits.argmax(-1) == target[:, 0]).all())
 
 
-def named(names: Sequence[str], model: Any) -> dict[str, Policy]:
-    """The policies of these names for the model.
+def named(names: Sequence[str], model: Any, scorer: pathlib.Path | None = None) -> dict[str, Policy]:
+    """The policies of these names for the model; "learned": the scorer of that file, or of the package.
 
     Raises:
         kvevict.models.Unavailable: a name is not known; the package has no scorer for the model; it has not the weights
             that a policy reads.
     """
+    from kvevict.hf import EvictingCache
     from kvevict.hf.cache import POLICIES as KNOWN
     from kvevict.hf.weights import bound
 
     found: dict[str, Policy] = {}
     for name in names:
         try:
-            if name == LEARNED:
+            if name == LEARNED and scorer is not None:
+                found[name] = Scorer.load(scorer)
+                EvictingCache(model, found[name], keep=0.5)  # which checks it against the model
+            elif name == LEARNED:
                 found[name] = LearnedKV.of_model(model.config)
             elif name in KNOWN:
                 found[name] = bound(KNOWN[name], model)
             else:
                 raise ValueError(f"expected one of {', '.join([*KNOWN, LEARNED])}")
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise models.Unavailable(f"--policies has {name}: {error}") from error
     return found
 
@@ -176,10 +185,11 @@ def _answers(model, tokenizer, prompt, asked, keeps, columns, shares, policies):
     from kvevict.hf.reconstruct import PROMPT, repeat_scores
 
     layers, captured = read(model, prompt)
-    observed = [
-        Observed(**dict(o, keys=k, values=v, layer=i))
-        for i, ((k, v), o) in enumerate(zip(layers, observe(layers, captured), strict=True))
-    ]
+
+    @functools.cache
+    def observed(noted):
+        of_layers = observe(layers, captured, *noted)
+        return [Observed(keys=keys, **o) for (keys, _), o in zip(layers, of_layers, strict=True)]
 
     def answers(chosen):
         cache = cut(model, layers, chosen)
@@ -188,17 +198,23 @@ def _answers(model, tokenizer, prompt, asked, keeps, columns, shares, policies):
     everything = [torch.arange(len(prompt), device=k.device).expand(*k.shape[:2], -1) for k, _ in layers]
     results = {"whole": {"whole": {"1.0": answers(everything)}}}
     for name, policy in policies.items():
-        shown = observed
+        shown = observed(policy.noted)
         if "repeated" in policy.needs:  # the context is read twice
             repeat = torch.tensor(tokenizer(PROMPT, add_special_tokens=False)["input_ids"], device=model.device)
             drawn = repeat_scores(model, torch.tensor([prompt], device=model.device), repeat)
-            shown = [replace(layer, repeated=scores) for layer, scores in zip(observed, drawn, strict=True)]
+            shown = [replace(layer, repeated=scores) for layer, scores in zip(shown, drawn, strict=True)]
         scores = [policy.scores(layer) for layer in shown]
         results[name] = {
             column: {str(keep): answers(choices(scores, column, keep, shares, policy.protected)) for keep in keeps}
             for column in columns
         }
     return results
+
+
+def _shares(policies: dict[str, Policy], config: Any) -> Shares | None:
+    """Those of a scorer among the policies, or of the package."""
+    own = (policy.shares for policy in policies.values() if isinstance(policy, Scorer))
+    return next((shares for shares in own if shares is not None), find(config))
 
 
 def columns_of(names: Sequence[str], shares: Shares | None) -> list[str]:
@@ -350,6 +366,7 @@ def run(
     names: Sequence[str],
     keeps: Sequence[float],
     columns: Sequence[str],
+    scorer: pathlib.Path | None,
     shares_path: pathlib.Path | None,
     seen: bool,
     device: str,
@@ -388,9 +405,9 @@ def run(
         loading = progress.add_task(f"loading {model_name}", total=None)
         model, tokenizer = models.load(model_name, device)
         progress.remove_task(loading)
-        policies = named(names, model)
+        policies = named(names, model, scorer)
         try:
-            shares = Shares.load(shares_path) if shares_path else find(model.config)
+            shares = Shares.load(shares_path) if shares_path else _shares(policies, model.config)
             ids = tokenizer(body, add_special_tokens=False)["input_ids"]
             questions = [tasks.build(sample, tokenizer, ids, tokens) for sample in range(contexts)]
         except (OSError, ValueError) as error:
@@ -398,6 +415,8 @@ def run(
         columns = columns_of(columns, shares)
         settings = dict(model=model_name, tokens=tokens, policies=names, keeps=keeps, columns=columns, seen=seen,
                         text=source, tasks=list(tasks.TASKS))  # fmt: skip
+        if scorer is not None:
+            settings["scorer"] = str(scorer)
         if any(line["settings"] != settings for line in lines):
             raise models.Unavailable(f"--out is {out}, which holds another evaluation: expected an empty folder")
         model.set_attn_implementation("kvevict")

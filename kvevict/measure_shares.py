@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvevict import __version__, models, train
-from kvevict.policies import KeyDiff, Shares, model_wide
+from kvevict.policies import KeyDiff, Shares, kept_shares
 from kvevict.policies.shares import config_hash
 
 SINK, RECENT = KeyDiff().protected  # as every policy protects unless told otherwise
@@ -36,15 +36,11 @@ def measure(
     total: Tensor | None = None
     for piece in pieces:
         scores = repeat_scores(model, piece[None].to(model.device), prompt.to(model.device))
-        heads = {of_layer.shape[1] for of_layer in scores}
-        if len(heads) > 1:
-            raise ValueError(f"{type(model).__name__} has layers of {sorted(heads)} KV heads: expected as many in each")
-        kept = [model_wide(scores, keep, sink=SINK, recent=RECENT) for keep in keeps]
-        found = torch.stack([torch.stack([(x[0] >= 0).sum(-1) for x in layers]) for layers in kept]) / len(piece)
+        found = kept_shares(scores, keeps, sink=SINK, recent=RECENT)
         total = found if total is None else total + found
         advance()
     assert total is not None
-    return (total / len(pieces)).cpu()
+    return total / len(pieces)
 
 
 def favoured(table: Tensor) -> tuple[int, float]:

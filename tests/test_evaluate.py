@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,8 +12,8 @@ from test_quality import TEXT, Characters, tiny
 from transformers import DynamicCache
 
 import kvevict
-from kvevict import evaluate, models, tasks
-from kvevict.policies import KeyDiff, Shares
+from kvevict import cli, evaluate, models, tasks
+from kvevict.policies import FAR, KeyDiff, Learned, Shares
 
 NAMES = ("recommended", "keydiff", "snapkv", "kvzip")
 BASE = ("recommended", "shared")
@@ -157,7 +155,7 @@ def test_it_goes_on_where_it_was_and_refuses_what_is_not_its_own(tmp_path, monke
     def run(contexts, keeps=(0.5,)):
         with kvevict.backend("reference"):
             return evaluate.run(
-                "tiny", None, 1000, contexts, ["keydiff", "recency"], keeps, [], None, False, "cpu", out
+                "tiny", None, 1000, contexts, ["keydiff", "recency"], keeps, [], None, None, False, "cpu", out
             )
 
     run(1)
@@ -176,10 +174,12 @@ def test_it_goes_on_where_it_was_and_refuses_what_is_not_its_own(tmp_path, monke
     [(["--keep", "1.5"], "--keep is 1.5"), (["--keep", "many"], "--keep is many"), (["--contexts", "0"], "--contexts"),
      (["--out", "/no/such/folder/x"], "--out is /no/such"), (["--device", "nonsense"], "nonsense")],
 )  # fmt: skip
-def test_bad_options_end_in_one_line(arguments, said):
-    done = subprocess.run([sys.executable, "-m", "kvevict", "eval", *arguments], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("kvevict eval: ") and said in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_bad_options_end_in_one_line(arguments, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.app(["eval", *arguments])
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and printed.startswith("kvevict eval: ") and said in printed
+    assert len(printed.strip().splitlines()) == 1
 
 
 def test_names_that_are_not_known_are_refused():
@@ -187,3 +187,49 @@ def test_names_that_are_not_known_are_refused():
         evaluate.named(["nonsense"], tiny())
     with pytest.raises(models.Unavailable, match="kvevict train"):
         evaluate.named(["learned"], tiny())
+
+
+@torch.no_grad()
+def test_far_attention_is_that_of_later_queries():
+    model = tiny()
+    with kvevict.backend("reference"):
+        layers, captured = evaluate.read(model, TEXT[:150])
+        observed = evaluate.observe(layers, captured, *FAR.noted)
+    model.set_attn_implementation("eager")
+    weights = model(torch.tensor([TEXT[:150]]), output_attentions=True).attentions
+    for seen, layer in zip(observed, weights, strict=True):
+        far = layer[0].unflatten(0, (2, 2)).tril(-32).amax((1, 2))
+        torch.testing.assert_close(seen["mass"][0], far, rtol=1e-4, atol=1e-6)
+    model.set_attn_implementation("kvevict")
+    context, asked = tasks.build(0, Characters(), TEXT, 1000)
+    with kvevict.backend("reference"):
+        policies = evaluate.named(["far", "attention"], model)
+        results = evaluate.run_context(model, Characters(), context, asked[:1], [0.3], ["each"], None, policies)
+        layers, captured = evaluate.read(model, context)
+        kept = [
+            FAR.choose(FAR.scores(kvevict.policies.Observed(keys=k, **o)), 0.3)
+            for (k, _), o in zip(layers, evaluate.observe(layers, captured, *FAR.noted), strict=True)
+        ]
+        expected = evaluate.ask(model, evaluate.cut(model, layers, kept), 1000, asked[0].question, asked[0].answer)
+    assert results["far"]["each"]["0.3"][0][0] == pytest.approx(expected[0], abs=1e-4)
+
+
+@torch.no_grad()
+def test_a_scorer_of_hidden_states_is_read_from_its_file(tmp_path):
+    model, path = tiny(), tmp_path / "s.safetensors"
+    config = model.config
+    L, H, M = config.num_hidden_layers, config.num_key_value_heads, config.hidden_size
+    Learned(weights=(torch.randn(L, H, M), torch.randn(L, H)), shares=SHARES).save(path)
+    policies = evaluate.named(["learned"], model, path)
+    assert isinstance(policies["learned"], Learned)
+    assert torch.equal(evaluate._shares(policies, config).table, SHARES.table)
+    model.set_attn_implementation("kvevict")
+    context, asked = tasks.build(0, Characters(), TEXT, 1000)
+    with kvevict.backend("reference"):
+        found = evaluate.run_context(model, Characters(), context, asked[:1], [0.3], ["model-wide"], None, policies)
+    assert math.isfinite(found["learned"]["model-wide"]["0.3"][0][0])
+    Learned(weights=(torch.randn(L, H, M + 1), torch.randn(L, H))).save(path)
+    with pytest.raises(models.Unavailable, match="--policies has learned: policy has weights for 2 layers of width"):
+        evaluate.named(["learned"], model, path)
+    with pytest.raises(models.Unavailable, match="--policies has learned: .*none"):
+        evaluate.named(["learned"], model, tmp_path / "none")

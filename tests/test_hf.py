@@ -198,10 +198,10 @@ def test_a_chunk_sees_the_kept_tokens_and_its_own_past(plain):
 BATCH = [30, 80, 55]
 
 
-def learned(seed=0, **options):
+def learned(seed=0, heads="shared", layers=3, **options):
     torch.manual_seed(seed)
-    weights = tuple((torch.randn(32, 64), torch.randn(32), torch.randn(1, 32), torch.randn(1)) for _ in range(3))
-    return Learned(layers=weights, **options)
+    shapes = (layers, 32, 64), (layers, 32), (layers, 2, 32), (layers, 2)
+    return Learned(weights=tuple(torch.randn(shape) for shape in shapes), heads=heads, **options)
 
 
 def padded():
@@ -280,8 +280,8 @@ def test_bad_arguments_are_named(plain):
             EvictingCache(plain.config, **options)
     with pytest.raises(TypeError, match="model is a str: expected a transformers model or its config"):
         EvictingCache("llama", keep=0.5)
-    mixed = Hybrid(parts=((0.5, learned()), (0.5, KeyDiff())))
-    with pytest.raises(ValueError, match="heads is 'each': expected 'shared'"):
+    mixed = Hybrid(parts=((0.5, learned()), (0.5, learned(1))))
+    with pytest.raises(ValueError, match="reads hidden states by Learned, Learned: expected one Learned"):
         EvictingCache(plain.config, mixed, budget=50)
     with pytest.raises(ValueError, match="empty"):
         EvictingCache(plain.config, budget=50).evict(0.5)
@@ -411,9 +411,9 @@ def test_an_error_in_evict_changes_no_layer(ours):
 
 
 def test_a_scorer_of_too_few_layers_is_refused_before_anything_is_read(plain):
-    few = Learned(layers=learned().layers[:2])
+    few = learned(layers=2)
     for policy in (few, Hybrid(parts=((1.0, few), (1.0, KeyDiff())), heads="shared")):
-        with pytest.raises(ValueError, match="weights for 2 layers: expected 3"):
+        with pytest.raises(ValueError, match="weights for 2 layers of width 64 and 2 heads: expected 3"):
             EvictingCache(plain.config, policy, keep=0.5)
 
 
@@ -442,8 +442,8 @@ def of_request(cache, b):
         yield torch.as_tensor(layer.tail).expand(len(layer.keys))[b]
         if notes.queries is not None:
             yield notes.queries[b, :, -min(n, 64) :]
-        if notes.hidden is not None:
-            yield notes.hidden[b, :, :n]
+        if notes.predicted is not None:
+            yield notes.predicted[b, :, :n]
         if tracker is not None:
             yield tracker.lengths[b]
             yield tracker.tokens_seen[b]

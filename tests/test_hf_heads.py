@@ -507,7 +507,6 @@ def test_what_is_not_served_is_refused_at_once(plain, ours):  # noqa: F811
         (AttentionMass(), dict(budget=int_fixed), "by AttentionMass, which reads mass: expected with budget="),
         (AttentionMass(heads="adaptive"), dict(budget=40), "by AttentionMass, which reads mass"),
         (LRU(), dict(budget=int_fixed), "by LRU, which reads last_used"),
-        (learned(), dict(budget=int_fixed), "by Learned, which reads hidden"),
     ]:
         with pytest.raises(ValueError, match=match):
             EvictingCache(plain.config, policy, **options)

@@ -160,3 +160,27 @@ def test_layers_with_a_state_are_refused():
     model(context, past_key_values=cache)
     with pytest.raises(ValueError, match="Lfm2ForCausalLM has layers of the kind .* whose state the repetition would"):
         cache.reconstruct(model, context)
+
+
+@pytest.mark.parametrize("heads", ["each", "shared"])
+@torch.no_grad()
+def test_scores_are_saved_and_loaded(read, tmp_path, heads):
+    """Whole, and once the cache has been cut, into pages where heads are unequal."""
+    policy = KVzip(heads=heads, **FREE)
+    model, context, prompt, cache, _ = read(policy)
+    cache.save_pretrained(tmp_path)
+    EvictingCache.from_pretrained(tmp_path, model, policy, keep=0.3).reconstruct(model, context)  # can still be noted
+    cache.reconstruct(model, context, prompt_ids=prompt)
+    cache.save_pretrained(tmp_path)
+    kept = []
+    again = EvictingCache.from_pretrained(
+        tmp_path, model, policy, keep=0.3, on_evict=lambda eviction: kept.append(eviction.indices)
+    )
+    for one, other in zip(cache.layers, again.layers, strict=True):
+        assert torch.equal(one.notes.repeated, other.notes.repeated)
+    again.evict(8)
+    loaded = rows(kept)
+    cache.on_evict = lambda eviction: kept.append(eviction.indices)
+    kept.clear()
+    cache.evict(8)
+    assert loaded == rows(kept) and sum(map(len, loaded)) == 8 * len(loaded)

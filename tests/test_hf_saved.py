@@ -130,7 +130,7 @@ def rewritten(folder, change):
 
 
 DEFECTS = {
-    "format": (lambda state, x: state.update(format=1), "has format 1: expected 3"),
+    "format": (lambda state, x: state.update(format=1), "has format 1: expected 4"),
     "no format": (lambda state, x: state.pop("format"), "has no 'format'"),
     "layers": (lambda state, x: state["layers"].pop(), "has 2 layers: expected 3"),
     "layers are a number": (lambda state, x: state.update(layers=7), "has no len"),
@@ -155,7 +155,9 @@ DEFECTS = {
     "length of lengths": (lambda state, x: x.update({"0.lengths": x["0.lengths"][:2]}), "has lengths of shape"),
     "no tail": (lambda state, x: x.pop("0.tail"), "has lengths without tail"),
     "queries": (lambda state, x: x.update({"0.queries": torch.zeros(3, 4, 1, 9)}), "has queries of shape"),
-    "hidden": (lambda state, x: x.update({"0.hidden": torch.zeros(3, 1, 9, 9)}), "has hidden of shape"),
+    "predicted": (lambda state, x: x.update({"0.predicted": torch.zeros(3, 2, 9)}), "has predicted of shape"),
+    "packed": (lambda state, x: x.update({"0.packed": torch.zeros(3, 2, 1)}), "has packed without predicted"),
+    "repeated": (lambda state, x: x.update({"0.repeated": torch.zeros(3, 9, 9)}), "has repeated of shape"),
     "step": (lambda state, x: state["layers"][0].update(step=3), "has mass without step or step without mass"),
 }  # fmt: skip
 

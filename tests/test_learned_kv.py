@@ -11,7 +11,7 @@ from conftest import DEVICE
 from test_hf import prompt, reference_backend, tiny  # noqa: F401
 
 from kvevict.hf import EvictingCache
-from kvevict.hf.fit import RIDGE, _Sums, features, fit
+from kvevict.hf.fit import features, fit
 from kvevict.hf.rotary import before_rope, inv_freq
 from kvevict.policies import Hybrid, KeyDiff, LearnedKV, ModelWide, Observed, Uniform, model_wide
 from kvevict.policies.learned_kv import mixed
@@ -60,22 +60,6 @@ def test_ragged_rows_are_scored_as_if_alone():
     alone = scorer().scores(Observed(keys=keys[1:, :, :20], values=values[1:, :, :20]))
     torch.testing.assert_close(found[1, :, :20], alone[0], atol=1e-4, rtol=1e-5)
     assert (found[1, :, 20:] == float("-inf")).all()
-
-
-def test_the_regression_is_that_of_the_whole_table():
-    """Sums over pieces against the normal equations of all rows, standardised, in numpy."""
-    generator = numpy.random.default_rng(0)
-    x = generator.normal(size=(2, 90, 5)) * numpy.array([1, 10, 0.1, 1, 3]) + 2
-    x[..., 3] = x[..., 0] * 2 + 0.01 * x[..., 3]  # two features that say the same
-    y = x @ numpy.array([1.0, -0.2, 3.0, 0.5, 0.0]) + generator.normal(size=(2, 90))
-    sums = _Sums()
-    for piece in (slice(0, 40), slice(40, 90)):
-        sums.add(torch.from_numpy(x[:, piece]), torch.from_numpy(y[:, piece]))
-    for h in range(2):
-        z = (x[h] - x[h].mean(0)) / x[h].std(0)
-        slope = numpy.linalg.solve(z.T @ z / 90 + RIDGE * numpy.eye(5), z.T @ (y[h] - y[h].mean()) / 90) / x[h].std(0)
-        expected = [*slope, y[h].mean() - x[h].mean(0) @ slope]
-        numpy.testing.assert_allclose(sums.weights()[h], expected, rtol=1e-4)
 
 
 def test_fit_on_a_model_predicts_what_it_has_not_seen():

@@ -42,8 +42,11 @@ def everything(lengths=None, seed=0):
 
 def learned():
     generator = torch.Generator().manual_seed(3)
-    weights = [torch.randn(*shape, generator=generator).to(DEVICE) * 0.3 for shape in ((12, 24), (12,), (1, 12), (1,))]
-    return Learned(layers=(tuple(weights),))
+    weights = [
+        torch.randn(*shape, generator=generator).to(DEVICE) * 0.3
+        for shape in ((1, 12, 24), (1, 12), (1, 1, 12), (1, 1))
+    ]
+    return Learned(weights=tuple(weights))
 
 
 ALL = {**NAMED, "recommended": RECOMMENDED, "learned": learned(), "snapkv original": SnapKV(variant="original"),
@@ -197,8 +200,7 @@ def test_learned_survives_saving(tmp_path):
     again = Learned.load(tmp_path / "weights.safetensors", recent=8)
     assert again.recent == 8
     seen = policies.Observed(keys=keys, **observed)
-    loaded = Learned(layers=tuple(tuple(w.to(DEVICE) for w in layer) for layer in again.layers))
-    assert torch.equal(loaded.scores(seen), learned().scores(seen))
+    assert torch.equal(again.scores(seen), learned().scores(seen))
 
 
 def test_a_file_that_is_no_whole_learned_scorer_is_refused(tmp_path):
@@ -212,29 +214,26 @@ def test_a_file_that_is_no_whole_learned_scorer_is_refused(tmp_path):
     whole = path.read_bytes()
     for content in (b"", b"{}", whole[:40], whole[:-4]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{path} is no learned scorer: "):
+        with pytest.raises(ValueError, match=f"{path} is no scorer: "):
             Learned.load(path)
-    with pytest.raises(ValueError, match=f"{tmp_path} is no learned scorer: "):
+    with pytest.raises(ValueError, match=f"{tmp_path} is no scorer: "):
         Learned.load(tmp_path)
-    tensors = {f"layers.0.{n}": w.cpu() for n, w in zip(("w1", "b1", "w2", "b2"), learned().layers[0], strict=True)}
-    good = {"format": "kvevict learned scorer", "layers": "1"}
+    tensors, good = learned().tensors(), {"format": Learned.format}
     for changed, metadata, match in [
-        (tensors, None, "is of the format None"), (tensors, good | {"format": "pt"}, "is of the format 'pt'"),
-        (tensors, {"format": good["format"]}, "says that it has '' layers"),
-        (tensors, good | {"layers": "2"}, "says that it has '2' layers"),
-        (tensors | {"layers.1.w1": torch.zeros(1)}, good, r"at odds: \['layers\.1\.w1'\]"),
-        (tensors | {"layers.0.b1": torch.zeros(11)}, good, r"layers\[0\] has shapes .*\(11,\)"),
-        ({"other": torch.zeros(1)}, good, r"at odds: \['other'\]"),
-        (tensors, good | {"layers": "9" * 30}, "says that it has '9999"),
+        (tensors, None, "is of the format None"), (tensors, {"format": "pt"}, "is of the format 'pt'"),
+        ({"w1": tensors["w1"]}, good, r"has \['w1'\]"), ({"other": torch.zeros(1)}, good, r"has \['other'\]"),
+        (tensors | {"b1": torch.zeros(1, 11)}, good, r"weights has shapes .*\(1, 11\)"),
+        (tensors | {"w2": torch.full((1, 1, 12), float("nan"))}, good, "not finite"),
+        (tensors, good | {"shares": "{}"}, "keeps"), (tensors, good | {"shares": "no"}, "Expecting value"),
     ]:  # fmt: skip
         save_file(changed, str(path), metadata=metadata)
         with pytest.raises(ValueError, match=match) as caught:
             Learned.load(path)
         assert str(path) in str(caught.value)
     save_file(tensors, str(path), metadata=good)
-    assert torch.equal(Learned.load(path).layers[0][0], tensors["layers.0.w1"])
-    with pytest.raises(ValueError, match=r"layers\[0\] has shapes \[\(3,\)\]"):
-        Learned(layers=((torch.zeros(3),),))
+    assert torch.equal(policies.Scorer.load(path).weights[0], tensors["w1"])
+    with pytest.raises(ValueError, match=r"weights has shapes \[\(3,\)\]: expected W, b or W1, b1, W2, b2"):
+        Learned(weights=(torch.zeros(3),))
 
 
 @settings(max_examples=200, deadline=None)

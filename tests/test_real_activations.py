@@ -82,8 +82,8 @@ def dense_scores(name, w, keys, hidden, weights, steps=64):
         parts = (last_query, dense_scores("keydiff", w, keys[None], hidden, weights))
         return sum(0.5 * rank(part) for part in parts).mean(0).expand(H, S)
     if name == "learned":
-        w1, b1, w2, b2 = (x.double() for x in weights)
-        return torch.sigmoid(F.linear(F.relu(F.linear(hidden[0].double(), w1, b1)), w2, b2))[..., 0].expand(H, S)
+        w1, b1, w2, b2 = (x[0].double() for x in weights)
+        return F.linear(F.relu(F.linear(hidden[0].double(), w1, b1)), w2, b2)[..., 0].expand(H, S)
     raise KeyError(name)
 
 
@@ -116,10 +116,10 @@ def test_kept_tokens_are_those_of_a_dense_computation(real, layer):
             keys, values, queries, hidden = (x[..., :tokens, :] for x in (keys, values, queries, hidden))
     w = dense_weights(queries, keys)
     generator = torch.Generator().manual_seed(layer)
-    weights = [torch.randn(*s, generator=generator).to(hidden) * 0.1 for s in ((288, 576), (288,), (1, 288), (1,))]
+    weights = [torch.randn(1, *s, generator=generator) * 0.1 for s in ((288, 576), (288,), (1, 288), (1,))]
     every = NAMED | {
         "recommended": RECOMMENDED, "attention sums": AttentionMass(normalize=None),
-        "snapkv original": SnapKV(variant="original"), "learned": Learned(layers=(tuple(weights),)),
+        "snapkv original": SnapKV(variant="original"), "learned": Learned(weights=tuple(weights)),
     }  # fmt: skip
     del every["random"]  # nothing to compute
     used = torch.full(keys.shape[:3], -1, dtype=torch.int32, device=keys.device)

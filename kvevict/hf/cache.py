@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import pathlib
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,31 +17,33 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvevict import validate
-from kvevict.hf import devices, masks, parallel, reconstruct, rotary, saved, shares
+from kvevict.hf import devices, hidden, masks, parallel, reconstruct, rotary, saved, shares
 from kvevict.hf.attention import NAME, SET_UP, set_up
 from kvevict.hf.choice import Choice, choose_together
 from kvevict.hf.layer import EvictingLayer, Eviction, new_tokens
 from kvevict.hf.static import StaticEvictingLayer
 from kvevict.hf.weights import bound
 from kvevict.policies import (
+    FAR,
     NAMED,
     OF_MODEL,
     RECOMMENDED,
     RECOMMENDED_FOR_SHARES,
     Budget,
-    Hybrid,
+    Fixed,
     KeyDiff,
     KVzip,
-    Learned,
     LearnedKV,
     ModelWide,
     Policy,
+    Scorer,
     Uniform,
 )
 from kvevict.policies.base import ALL_QUERIES
+from kvevict.policies.learned import parts_of, scorer_of_hidden
 
 logger = logging.getLogger("kvevict")
-POLICIES: dict[str, Policy] = {"recommended": RECOMMENDED} | NAMED | OF_MODEL | {"kvzip": KVzip()}
+POLICIES: dict[str, Policy] = {"recommended": RECOMMENDED} | NAMED | OF_MODEL | {"kvzip": KVzip(), "far": FAR}
 LEARNED = "learned"  # the scorer that the package carries for the model
 
 
@@ -69,8 +72,8 @@ class EvictingCache(Cache):
 
     Positions go on from the tokens seen. Layers that do not grow (sliding window, linear attention) are left alone.
 
-    `evict(keep)` cuts it at any time. Policies that read hidden states (Learned) need the forwards to run inside
-    `with cache.noting_hidden(model):`.
+    `evict(keep)` cuts it at any time. For policies that read hidden states (Learned) the model tells the cache what
+    passes; given a config alone, the forwards are to run inside `with cache.noting_hidden(model):`.
 
     Policies that read queries or attention, batches with padding, and budgets that differ by layer need the model's
     attention to be ours, which computes what SDPA computes: given the model, the cache calls
@@ -163,13 +166,6 @@ class EvictingCache(Cache):
             )
         if budget is not None and (not isinstance(share.keep, int) or share.keep <= pin):
             raise ValueError(f"budget is {share.keep}: expected an int number of tokens, more than pin, {pin}")
-        if (
-            budget is not None
-            and "hidden" in policy.needs
-            and policy.heads == "each"
-            and not isinstance(policy, Learned)
-        ):
-            raise ValueError("heads is 'each': expected 'shared', for one hidden state is held of a token that is kept")
         if static and (budget is None or policy.needs or policy.reads_positions or interval < 1):
             raise ValueError(
                 f"static is True with budget {budget}, interval {interval} and {type(policy).__name__}: expected a "
@@ -183,7 +179,7 @@ class EvictingCache(Cache):
 
         layers = DynamicCache(config=whole_config).layers
         full = _full_layers(self._config, layers)
-        _check_learned(policy, full[-1] + 1)
+        self._model = weakref.ref(model) if hasattr(model, "modules") else None
         self._budget, self._policy = share, shares.policy_for(share, policy)
         heads = (getattr(self._config, name, None) for name in ("num_key_value_heads", "num_attention_heads"))
         self._heads = next(filter(None, heads), 1)
@@ -193,13 +189,7 @@ class EvictingCache(Cache):
         if of_heads:
             shares.check_served(self._config, self._policy, for_ever=budget is not None, static=static)
         shares.check_model(share, self._config)
-        head_dim = getattr(self._config, "head_dim", None)
-        head_dim = head_dim or self._config.hidden_size // self._config.num_attention_heads
-        for part in _parts(policy):
-            if isinstance(part, LearnedKV):
-                part.check(self._config, len(layers), self._heads, head_dim)
-                if hasattr(model, "modules"):
-                    part.check_angles(rotary.inv_freq(model))
+        self._check_fitted(policy, len(layers))
         protected = sum(self._policy.protected)
         parts = shares.beforehand(share, len(full), self._heads, protected)
         self._unequal = of_heads or len(set(parts)) > 1
@@ -215,6 +205,8 @@ class EvictingCache(Cache):
             )  # fmt: skip
         super().__init__(layers=layers)
         self._full = full
+        if self._model is not None and "hidden" in policy.needs:
+            hidden.tell_caches(model, full)
         if hasattr(model, "set_attn_implementation"):
             self._guarded = not set_up(model)
             if self._guarded and of_heads:
@@ -222,6 +214,20 @@ class EvictingCache(Cache):
                     f'heads that keep unequal numbers need "{NAME}" attention, which {type(model).__name__} cannot '
                     "use: expected a budget over layers"
                 )
+
+    def _check_fitted(self, policy: Policy, layers: int) -> None:
+        """Raises:
+        ValueError: a scorer was fitted to another model, or the policy reads hidden states by several of them.
+        """
+        scorer_of_hidden(policy)
+        head_dim = getattr(self._config, "head_dim", None)
+        head_dim = head_dim or self._config.hidden_size // self._config.num_attention_heads
+        model = None if self._model is None else self._model()
+        for part in parts_of(policy):
+            if isinstance(part, Scorer):
+                part.check(self._config, layers, self._heads, head_dim)
+                if isinstance(part, LearnedKV) and model is not None:
+                    part.check_angles(rotary.inv_freq(model))
 
     def _attention_is_ours(self) -> bool:
         return self._config._attn_implementation == NAME
@@ -301,10 +307,10 @@ class EvictingCache(Cache):
         """Before anything changes: whether heads that choose together are all here, or on the ranks of a group."""
         if getattr(self._config, "kv_lora_rank", None):
             return  # one latent for all heads, on every rank
-        if seen < self._heads and any(isinstance(part, LearnedKV) for part in _parts(policy)):
+        if seen < self._heads and any(isinstance(x, Scorer) and x.fitted_heads > 1 for x in parts_of(policy)):
             raise ValueError(
-                f"policy is a LearnedKV, with weights of each of the model's {self._heads} KV heads, and this rank "
-                f"sees {seen}: expected another policy under tensor parallelism"
+                f"policy is a learned scorer, with weights of each of the model's {self._heads} KV heads, and this "
+                f"rank sees {seen}: expected another policy under tensor parallelism"
             )
         if parallel.check(policy, seen, self._heads, self._group, of_heads=of_heads, static=self._static):
             for layer in self._evicting():
@@ -378,6 +384,8 @@ class EvictingCache(Cache):
         if not layers:
             raise ValueError("the cache is empty: expected a cache after a forward")
         given = self._policy if policy is None else policy
+        if policy is not None:
+            self._check_fitted(policy, len(self.layers))
         budget = _as_budget(keep, given)
         policy = shares.policy_for(budget, given)
         of_heads = shares.unequal_heads(budget, policy)
@@ -479,24 +487,19 @@ class EvictingCache(Cache):
         Raises:
             ValueError: the model's attention modules are not found by their names.
         """
-        layers = {layer.index: layer for layer in self._evicting() if "hidden" in layer.policy.needs}
-
-        def note(module, arguments, options):
-            if options.get("past_key_values") is self:
-                layers[module.layer_idx].note_hidden(options.get("hidden_states", *arguments[:1]))
-
-        attentions = [
-            module for module in model.modules()
-            if getattr(module, "layer_idx", None) in layers and "Attention" in type(module).__name__
-        ]  # fmt: skip
-        if {module.layer_idx for module in attentions} != layers.keys():
-            raise ValueError(f"{type(model).__name__} has no module named ...Attention for each layer of the cache")
-        hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in attentions]
-        try:
+        reads = "hidden" in self._policy.needs
+        with hidden.noting(model, self._full if reads else (), self._hear):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+
+    def _hear(self, layer: int, entering: Tensor, cache: Any) -> None:
+        if cache is self:
+            self.note_hidden(layer, entering)
+
+    def note_hidden(self, layer: int, entering: Tensor) -> None:
+        """Told by the model: the hidden states [B, T, M] that enter this layer's attention next."""
+        of_layer = self.layers[layer]
+        if isinstance(of_layer, EvictingLayer) and of_layer.notes.scorer is not None:
+            of_layer.note_hidden(entering)
 
     def report(self) -> list[LayerReport]:
         """What each evicting layer has seen, kept and given up."""
@@ -572,6 +575,9 @@ def _as_budget(value: int | float | Budget | None, policy: Policy) -> Budget:
         return value
     assert value is not None
     everything = isinstance(value, float) and value == 1.0  # of which there is nothing to share out
+    measured = policy.shares if isinstance(policy, Scorer) else None
+    if policy.heads == "shared" and measured is not None and not everything:
+        return Fixed(measured, value, per="layer")
     return ModelWide(value) if policy.spread == "model-wide" and not everything else Uniform(value)
 
 
@@ -599,16 +605,3 @@ def _mpt_alibi(config: Any) -> bool:
 
 def _at_most(tail: int | Tensor, most: int) -> int | Tensor:
     return tail.clamp(max=most) if isinstance(tail, Tensor) else min(tail, most)
-
-
-def _parts(policy: Policy) -> Iterator[Policy]:
-    """The policy, and what it is mixed of."""
-    yield policy
-    for _, part in policy.parts if isinstance(policy, Hybrid) else ():
-        yield from _parts(part)
-
-
-def _check_learned(policy: Policy, layers: int) -> None:
-    for part in _parts(policy):
-        if isinstance(part, Learned) and len(part.layers) < layers:
-            raise ValueError(f"policy has weights for {len(part.layers)} layers: expected {layers}, as the model has")

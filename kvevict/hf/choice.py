@@ -12,6 +12,7 @@ from kvevict.hf.notes import TRACKED
 from kvevict.hf.parallel import mean_over_heads
 from kvevict.hf.shares import Keep
 from kvevict.policies import Policy, model_wide
+from kvevict.policies.learned import scorer_of_hidden
 from kvevict.policies.observed import Observed
 
 if TYPE_CHECKING:
@@ -98,14 +99,14 @@ def scored(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor | None]
         ValueError: what the policy reads was not noted.
     """
     name = type(policy).__name__
-    if not layer.watching and policy.needs - {"values", "repeated"}:
+    if not layer.watching and policy.needs - {"values", "repeated", "hidden"}:
         raise ValueError(f"the prompt has been cut, and nothing was noted for {name} since")
     if policy is not layer.policy:
         _check_noted(layer, policy)
     if "repeated" in policy.needs:
         _check_repeated(layer, name)
     for missing in layer.notes.missing():
-        raise ValueError(f"{name} needs {missing}, and nothing was noted since tokens were cropped: run a forward")
+        raise ValueError(f"{name} needs {missing}, which was not noted of all tokens since the cut, or of any")
     if layer.pages is not None:
         return _scored_by_row(layer, policy)
     known: dict[str, Any] = layer.notes.observed(layer.lengths) | {
@@ -133,7 +134,7 @@ def _check_noted(layer: EvictingLayer, policy: Policy) -> None:
         for name, reads, there in (
             ("attention", policy.needs & TRACKED, notes.tracked),
             ("queries", policy.window, policy.window <= notes.window),
-            ("hidden states", "hidden" in policy.needs, notes.wants_hidden),
+            ("hidden states", "hidden" in policy.needs, scorer_of_hidden(policy) is notes.scorer),
         )
         if reads and not there
     ]
@@ -163,7 +164,8 @@ def _scored_by_row(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor
     assert lengths is not None
     B, H = lengths.shape
     of_rows = lengths.flatten().clamp(min=1)
-    known = layer.notes.observed(of_rows, heads=H)
+    assert layer.pages is not None
+    known = layer.notes.observed(of_rows, heads=H, packed=layer.pages.lengths)
     placed = layer.positions() if policy.reads_positions else None
     if placed is not None:
         known |= {"positions": placed[0].flatten(0, 1)[:, None], "tokens_seen": placed[1].repeat_interleave(H)}

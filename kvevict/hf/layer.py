@@ -20,7 +20,7 @@ from kvevict import ops
 from kvevict.hf import masks, pages
 from kvevict.hf.attention import NAME, hand_over, sdpa
 from kvevict.hf.choice import Choice, choose
-from kvevict.hf.notes import Notes, thawed
+from kvevict.hf.notes import Notes, gathered, thawed
 from kvevict.hf.pages import Pages
 from kvevict.hf.places import Places
 from kvevict.hf.shares import Keep
@@ -98,7 +98,7 @@ class EvictingLayer(DynamicLayer):
         self.compressed = False  # keep=: the prompt has been cut
         self.tail: int | Tensor = 0  # so many last tokens ([B] of them: of each request) have none missing among them
         self.row: Tensor | None = None  # [B, slots] bool: what the last query was shown of them, None: all
-        self._entering: Tensor | None = None  # [B, T, M]: the hidden states that enter the layer's attention now
+        self._entering: Tensor | None = None  # [B, T, M]: the hidden states that enter the layer's attention next
         self._unread = False  # update has returned keys that attention may still read,
         self._shape = (0, 0)  # for so many requests, of so many slots
         self._step = Step(0, True, None, None, False)
@@ -113,8 +113,8 @@ class EvictingLayer(DynamicLayer):
         new = key_states.shape[2]
         if new == 1 and self.waits_for("repetition"):
             raise ValueError(f"{type(self.policy).__name__} needs cache.reconstruct(model, input_ids) before decoding")
-        if self.notes.wants_hidden and self.watching:
-            self._hidden_enters(new)
+        if self.notes.scorer is not None:
+            self._hidden_enters(new, key_states.shape[1])
         self.tokens_seen += new
         self.tail = self.tail + new
         self.notes.advance(new)
@@ -135,13 +135,25 @@ class EvictingLayer(DynamicLayer):
         """[B, T, M]: the hidden states of the tokens of the coming `update`."""
         self._entering = hidden.detach()
 
-    def _hidden_enters(self, new: int) -> None:
+    def _hidden_enters(self, new: int, heads: int) -> None:
+        """Scored now, and not held. Once a prompt has been cut, tokens may come untold: a later `evict` has no scores
+        then."""
         entering, self._entering = self._entering, None
+        notes = self.notes
         if entering is None or entering.shape[1] != new:
-            name = type(self.policy).__name__
-            raise ValueError(f"{name} needs hidden: run the model inside `with cache.noting_hidden(model):`")
-        held = self.notes.hidden
-        self.notes.hidden = entering[:, None] if held is None else self._append(held, entering[:, None])
+            if self.watching:
+                raise ValueError(
+                    f"{type(self.policy).__name__} needs hidden: make the cache with the model, or run it inside "
+                    "`with cache.noting_hidden(model):`"
+                )
+            notes.predicted = notes.packed = None
+            return
+        if notes.predicted is None and self.get_seq_length() > 0:
+            return  # some came untold
+        assert notes.scorer is not None
+        found = notes.scorer.of_hidden(entering, self.index).expand(-1, heads, -1)
+        held = found[:, :, :0] if notes.predicted is None else notes.predicted
+        notes.predicted = self._append(held[..., None], found[..., None])[..., 0]
 
     def _append(self, cached: Tensor, new: Tensor) -> Tensor:
         if self.lengths is None:
@@ -373,7 +385,7 @@ class EvictingLayer(DynamicLayer):
             self.reset()
         else:
             self._shorten(new)
-            self.notes.crop_hidden(new)
+            self.notes.crop_predicted(new)
             self.notes.advance(-new)
 
     def _check_seen(self, module: Any, as_cached: bool, sinks: bool) -> None:
@@ -448,7 +460,7 @@ class EvictingLayer(DynamicLayer):
         order = order.masked_fill(torch.arange(S, device=order.device) >= self.lengths[:, None], -1)
         indices = order[:, None].expand(B, H, S)
         self.keys, self.values = ops.compact(self.keys.detach(), self.values.detach(), indices, inplace=False)[:2]
-        self.notes.follow(indices)
+        self.notes.predicted, self.notes.repeated = gathered(self.notes.predicted, indices), None  # new ones have none
         new_count = is_token.sum(-1)
         self.notes.advance(new_count - is_token.shape[1])
         self.tail = torch.as_tensor(self.tail, device=new_count.device) - is_token.shape[1] + new_count
@@ -531,7 +543,8 @@ class EvictingLayer(DynamicLayer):
         self.compressed = True
         if not self.watching:
             before_it, self.notes = self.notes, Notes(self.policy)
-            self.notes.repeated, self.notes.places = before_it.repeated, before_it.places  # for a later `evict`
+            for name in ("repeated", "places", "predicted", "packed"):  # for a later `evict`
+                setattr(self.notes, name, getattr(before_it, name))
         self._on_evict(Eviction(self.index, before, self.kept(), indices, retained))
 
     def slots(self) -> int:
@@ -581,11 +594,12 @@ class EvictingLayer(DynamicLayer):
     def _into_pages(self, choice: Choice) -> Tensor:
         """What tokens come from now on are the keys and values."""
         keys, values, _ = self.whole()
+        packed = None if self.pages is None else self.pages.lengths
         self.pages = pages.pack(keys, values, choice.indices)
         self.keys, self.values = (x.new_empty((*x.shape[:2], 0, x.shape[3])) for x in (keys, values))
         self.lengths, self.tail = None, 0
         indices = choice.indices[:, :, : self.pages.longest]
-        self.notes.follow(indices)
+        self.notes.into_pages(indices, packed)
         return indices
 
     def _tail_after(self, choice: Choice, before: int) -> int | Tensor:

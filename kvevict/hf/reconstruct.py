@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvevict import ops, validate
+from kvevict.hf import hidden
 from kvevict.hf.attention import hand_over, sdpa, set_up
 from kvevict.hf.weights import output_weights
 from kvevict.policies import Policy
@@ -163,7 +164,7 @@ def _repeat(
     """The scores of what the cache holds, by layer index. It stays as it is; the model's attention is "kvevict"."""
     B, S = input_ids.shape
     scorers = {i: _Scorer(S) for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer}
-    hooks: list[Any] = []
+    noting: Any = contextlib.nullcontext()
     if normalized:
         weights = output_weights(model)
         for i, scorer in scorers.items():
@@ -172,19 +173,12 @@ def _repeat(
                 raise ValueError(
                     f"{type(model).__name__} has no o_proj in layer {i}, which KVzip+ reads: expected KVzip()"
                 )
-        for module in model.modules():
-            if hasattr(module, "o_proj") and getattr(module, "layer_idx", None) in scorers:
-                hooks.append(
-                    module.register_forward_pre_hook(_note_entering(scorers[module.layer_idx]), with_kwargs=True)
-                )
+        noting = hidden.noting(model, scorers, lambda i, entering, _: setattr(scorers[i], "entering", entering))
     cache.scorers = scorers
-    try:
+    with noting:
         for start in range(0, S, chunk):
             piece = input_ids[:, max(start - LEAD, 0) : start + chunk]
             model(torch.cat([prompt_ids.expand(B, -1), piece], 1), past_key_values=cache, logits_to_keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
     scores = {}
     for i, scorer in scorers.items():
         if scorer.scores is None:
@@ -193,13 +187,6 @@ def _repeat(
             )
         scores[i] = scorer.scores
     return scores
-
-
-def _note_entering(scorer: _Scorer):
-    def note(module, arguments, options):
-        scorer.entering = options["hidden_states"] if "hidden_states" in options else arguments[0]
-
-    return note
 
 
 @torch.no_grad()

@@ -18,8 +18,9 @@ from kvevict.hf.layer import EvictingLayer
 from kvevict.hf.places import Places
 
 FILE = "cache.safetensors"
-FORMAT = 3
+FORMAT = 4
 PLACES = ("kept", "counts", "seen")
+NOTED = ("queries", "predicted", "packed", "repeated")
 TRACKED = ("mass", "last_used", "positions")  # of a Tracker, [B, H, n]
 # What makes a cache fit a model.
 FACTS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -47,7 +48,7 @@ def save(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path) -> 
             continue
         notes, tracker = layer.notes, layer.notes.tracker
         held = dict(keys=layer.keys, values=layer.values, lengths=layer.lengths, row=layer.row,
-                    queries=notes.queries, hidden=notes.hidden,
+                    **{name: getattr(notes, name) for name in NOTED},
                     tail=layer.tail if isinstance(layer.tail, Tensor) else None)  # fmt: skip
         if tracker is not None:
             held |= {name: getattr(tracker, name)[:, :, : layer.cached()] for name in TRACKED}
@@ -213,9 +214,17 @@ def _check(own: dict[str, Tensor], state: dict[str, Any], batch: int) -> None:
     row = own.get("row")
     if row is not None and (row.ndim != 2 or row.shape[0] not in (1, B) or row.dtype != torch.bool):
         raise ValueError(f"has row of shape {tuple(row.shape)} and {row.dtype}: expected [{B}, slots] and torch.bool")
-    hidden, queries = own.get("hidden"), own.get("queries")
-    if hidden is not None and (hidden.ndim != 4 or hidden.shape[:3] != (B, 1, n)):
-        raise ValueError(f"has hidden of shape {tuple(hidden.shape)}: expected [{B}, 1, {n}, ...]")
+    longest = int(own["pages.lengths"].max()) if "pages.lengths" in own else 0
+    for name, most in (("predicted", n), ("packed", max(longest, 1)), ("repeated", n + max(longest, 1))):
+        scores = own.get(name)
+        if scores is None:
+            continue
+        wrong = scores.shape[2] > most if name == "repeated" and scores.ndim == 3 else scores.shape[2:] != (most,)
+        if scores.shape[:2] != (B, H) or wrong or scores.dtype != torch.float32:
+            raise ValueError(f"has {name} of shape {tuple(scores.shape)}: expected {(B, H, most)}, float32")
+    if "packed" in own and not ("predicted" in own and "pages.lengths" in own):
+        raise ValueError("has packed without predicted or pages: expected all of a cut cache's")
+    queries = own.get("queries")
     if queries is not None and (queries.ndim != 4 or queries.shape[0] != B or queries.shape[3] != keys.shape[3]):
         raise ValueError(f"has queries of shape {tuple(queries.shape)}: expected [{B}, heads, ..., {keys.shape[3]}]")
 
@@ -259,7 +268,8 @@ def _fill(layer: EvictingLayer, own: dict[str, Tensor], state: dict[str, Any]) -
     layer.tokens_seen, layer.evicted, layer.compressed = state["tokens_seen"], state["evicted"], state["compressed"]
     layer.tail = own["tail"] if state["tail"] is None else state["tail"]
     notes = layer.notes
-    notes.queries, notes.hidden = own.get("queries"), own.get("hidden")
+    for name in NOTED:
+        setattr(notes, name, own.get(name))
     if "places.kept" in own and notes.wants_positions:
         notes.places = Places(*(own[f"places.{name}"] for name in PLACES))
     if "mass" in own:

@@ -75,11 +75,11 @@ def check_served(config: Any, policy: Policy, *, for_ever: bool, static: bool) -
                 f"{said}, and config is of {config.model_type} with {name} {getattr(config, name)}, whose attention is "
                 "not over each layer's own keys: expected a budget over layers"
             )
-    noted = sorted(policy.needs & {"mass", "last_used", "hidden"})
+    noted = sorted(policy.needs & {"mass", "last_used"})
     if for_ever and noted:
         raise ValueError(
             f"{said}, by {type(policy).__name__}, which reads {' and '.join(noted)}: expected with budget= a policy "
-            "that reads keys, values or queries, because nothing else is noted over unequal heads; or keep="
+            "that reads no attention of the past, because that is not noted over unequal heads; or keep="
         )
     if for_ever and not policy.by_row:
         raise ValueError(

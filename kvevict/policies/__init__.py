@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from kvevict.policies.attention import TOVA, AttentionMass, SnapKV
 from kvevict.policies.base import Policy
-from kvevict.policies.budgets import Budget, Fixed, LayerWide, ModelWide, Pyramid, Uniform, model_wide
+from kvevict.policies.budgets import Budget, Fixed, LayerWide, ModelWide, Pyramid, Uniform, kept_shares, model_wide
 from kvevict.policies.defensive import DefensiveKV
 from kvevict.policies.expected import ExpectedAttention
 from kvevict.policies.keys import KeyDiff, KeyNorm
@@ -15,6 +15,7 @@ from kvevict.policies.learned_kv import LearnedKV
 from kvevict.policies.mixture import Hybrid
 from kvevict.policies.observed import Observed
 from kvevict.policies.order import LRU, Random, Recency
+from kvevict.policies.scorer import Scorer
 from kvevict.policies.shares import Shares
 from kvevict.policies.tracker import Tracker
 
@@ -38,6 +39,9 @@ OF_MODEL: dict[str, Policy] = {
     "criticalkv": SnapKV(value_norms="output", heads="adaptive"),
 }
 
+# Far attention: the most that a token draws from any query at least 32 tokens later.
+FAR = AttentionMass(reduce="max", normalize=None, min_distance=32)
+
 # The best of what bench/quality.py has tried (see the README): the last query's attention and KeyDiff in equal parts by
 # rank, and one selection for all heads of a layer.
 RECOMMENDED = Hybrid(parts=((0.5, TOVA()), (0.5, KeyDiff())), heads="shared")
@@ -47,6 +51,7 @@ RECOMMENDED = Hybrid(parts=((0.5, TOVA()), (0.5, KeyDiff())), heads="shared")
 RECOMMENDED_FOR_SHARES = replace(RECOMMENDED, heads="each")
 
 __all__ = [
+    "FAR",
     "LRU",
     "NAMED",
     "OF_MODEL",
@@ -71,9 +76,11 @@ __all__ = [
     "Pyramid",
     "Random",
     "Recency",
+    "Scorer",
     "Shares",
     "SnapKV",
     "Tracker",
     "Uniform",
+    "kept_shares",
     "model_wide",
 ]

@@ -274,3 +274,20 @@ def model_wide(
     sink, recent = within(validate.kept_tokens(keep, stacked.shape[2], 0, 0), sink, recent)
     indices = ops.topk_indices(stacked, keep, sink=sink, recent=recent, heads="adaptive", floor=0.0, lengths=lengths)
     return list(indices.split([of_layer.shape[1] for of_layer in scores], dim=1))
+
+
+def kept_shares(scores: Sequence[Tensor], keeps: Sequence[float], *, sink: int, recent: int) -> Tensor:
+    """[K, L, H] float32 on the CPU: what each head keeps of its tokens by `model_wide`, at each of `keeps`.
+
+    Args:
+        scores: [1, H, S] float32 of each layer.
+
+    Raises:
+        ValueError: layers differ in heads; as `model_wide`.
+    """
+    heads = {of_layer.shape[1] for of_layer in scores}
+    if len(heads) > 1:
+        raise ValueError(f"scores has layers of {sorted(heads)} KV heads: expected as many in each")
+    kept = [model_wide(scores, keep, sink=sink, recent=recent) for keep in keeps]
+    counts = torch.stack([torch.stack([(x[0] >= 0).sum(-1) for x in layers]) for layers in kept])
+    return (counts / scores[0].shape[2]).cpu()

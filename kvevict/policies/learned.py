@@ -1,103 +1,123 @@
-"""A learned scorer: a small network on hidden states that predicts the attention later queries will give."""
+"""A learned scorer of hidden states: which tokens the model would need to repeat its text."""
 
 from __future__ import annotations
 
-import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kvevict import ops
 from kvevict.policies.base import Policy
+from kvevict.policies.mixture import Hybrid
 from kvevict.policies.observed import Observed
+from kvevict.policies.scorer import Scorer
 
-Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # w1 [N, M], b1 [N], w2 [1, N], b2 [1]
-_NAMES = ("w1", "b1", "w2", "b2")
-_FORMAT = "kvevict learned scorer"
+_NAMES = {2: ("w", "b"), 4: ("w1", "b1", "w2", "b2")}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Learned(Policy):
-    """sigmoid(w2 · relu(W1 · h + b1) + b2) on the hidden states that enter a layer's attention; heads share it.
+class Learned(Scorer):
+    """W · h + b, or W2 · relu(W1 · h + b1) + b2, a row for each KV head, of the hidden states that enter a layer's
+    attention. It predicts the logarithm of KVzip's score, as KVzap (arXiv 2601.07891) does.
+
+    An EvictingCache asks it when hidden states pass, and holds what it says, not them: H numbers a token.
 
     Attributes:
-        layers: the two linear layers' weights and biases, for each layer of the model.
+        weights: of all layers, float32: (W [L, H, M], b [L, H]), or (W1 [L, N, M], b1 [L, N], W2 [L, H, N], b2 [L, H]);
+            with H of 1 a layer's heads share them. 0 for layers that do not grow.
     """
 
-    layers: tuple[Weights, ...] = field(repr=False)
+    weights: tuple[Tensor, ...] = field(repr=False)
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
+    format: ClassVar[str] = "kvevict hidden-state scorer"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.layers:
-            raise ValueError("layers is empty: expected the weights of every layer of the model")
-        for i, weights in enumerate(self.layers):
-            shapes = [tuple(tensor.shape) for tensor in weights]
-            N, M = shapes[0] if shapes and len(shapes[0]) == 2 else (0, 0)
-            if shapes != [(N, M), (N,), (1, N), (1,)]:
-                raise ValueError(f"layers[{i}] has shapes {shapes}: expected [N, M], [N], [1, N] and [1]")
+        object.__setattr__(self, "weights", tuple(self.weights))
+        shapes = [tuple(tensor.shape) for tensor in self.weights]
+        if len(shapes) not in _NAMES or len(shapes[0]) != 3 or any(len(x) != 3 for x in shapes[::2]):
+            raise ValueError(f"weights has shapes {shapes}: expected W, b or W1, b1, W2, b2 of all layers")
+        L, out, _ = shapes[0]
+        expected = [shapes[0], (L, out)]
+        if len(shapes) == 4:
+            expected += [(L, shapes[2][1], out), (L, shapes[2][1])]
+        if shapes != expected:
+            raise ValueError(f"weights has shapes {shapes}: expected {expected}")
+        if not all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in self.weights):
+            raise ValueError("weights has values that are not float32, or not finite")
 
-    def scores(self, seen: Observed) -> Tensor:
-        hidden = seen.hidden
-        assert hidden is not None
-        if not 0 <= seen.layer < len(self.layers):
-            raise ValueError(f"layer is {seen.layer}: expected 0 to {len(self.layers) - 1}, the layers trained")
-        B, H, S = seen.keys.shape[:3]
-        if hidden.shape[:2] != (B, S):
-            raise ValueError(f"hidden has shape {tuple(hidden.shape)}: expected ({B}, {S}, ...), one per cached token")
-        weights = (w.to(hidden.device, hidden.dtype) for w in self.layers[seen.layer])
-        return ops.mlp_scores(hidden, *weights)[:, None].expand(B, H, S)
+    @property
+    def fitted_heads(self) -> int:
+        return self.weights[-1].shape[1]
 
-    @classmethod
-    def fit(cls, model: Any, texts: Sequence[Any], *, tokenizer: Any = None, **options) -> Learned:
-        """Train on texts with a transformers model. Arguments as for `kvevict.policies.training.fit`, which also
-        returns the losses and how well held-out tokens are ranked."""
-        from kvevict.policies.training import fit
-
-        return fit(model, texts, tokenizer=tokenizer, **options).policy
-
-    def save(self, path: str | pathlib.Path) -> None:
-        """Write the weights as safetensors."""
-        from safetensors.torch import save_file
-
-        tensors = {
-            f"layers.{i}.{name}": tensor.contiguous()
-            for i, weights in enumerate(self.layers)
-            for name, tensor in zip(_NAMES, weights, strict=True)
-        }
-        save_file(tensors, str(path), metadata={"format": _FORMAT, "layers": str(len(self.layers))})
-
-    @classmethod
-    def load(cls, path: str | pathlib.Path, **fields) -> Learned:
-        """Read what `save` wrote; fields: sink, recent, heads.
+    def of_hidden(self, hidden: Tensor, layer: int) -> Tensor:
+        """[B, H or 1, T] float32: the scores of tokens whose hidden states [B, T, M] enter the layer's attention.
 
         Raises:
-            FileNotFoundError: no such file. ValueError: not a learned scorer, or not a whole one.
+            ValueError: a layer or width that it was not fitted to.
         """
-        from safetensors import SafetensorError, safe_open
+        if not 0 <= layer < len(self.weights[0]):
+            raise ValueError(f"layer is {layer}: expected 0 to {len(self.weights[0]) - 1}, the layers fitted")
+        if hidden.shape[-1] != self.weights[0].shape[2]:
+            raise ValueError(f"hidden has width {hidden.shape[-1]}: expected {self.weights[0].shape[2]}, as fitted")
+        *first, w, b = (tensor[layer].to(hidden.device) for tensor in self.weights)
+        if first:
+            hidden = F.relu(F.linear(hidden, *(tensor.to(hidden.dtype) for tensor in first)))
+        return F.linear(hidden.float(), w, b).mT
 
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        except FileNotFoundError:
-            raise
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no learned scorer: {error}") from error
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{path} is of the format {metadata.get('format')!r}: expected {_FORMAT!r}")
-        said, count = metadata.get("layers", ""), len(tensors) // len(_NAMES)
-        expected = [f"layers.{i}.{name}" for i in range(count) for name in _NAMES]
-        if said != str(count) or tensors.keys() != set(expected):
-            odd = sorted(tensors.keys() ^ set(expected))
+    def scores(self, seen: Observed) -> Tensor:
+        B, H, S = seen.keys.shape[:3]
+        found = seen.predicted
+        if found is None:
+            assert seen.hidden is not None
+            if seen.hidden.shape[:2] != (B, S):
+                raise ValueError(
+                    f"hidden has shape {tuple(seen.hidden.shape)}: expected ({B}, {S}, ...), one per token"
+                )
+            found = self.of_hidden(seen.hidden, seen.layer)
+        absent = torch.as_tensor(seen.padding(), device=found.device)
+        return found.expand(B, H, S).masked_fill(absent, float("-inf"))
+
+    def check(self, config: Any, layers: int, heads: int, head_dim: int) -> None:
+        super().check(config, layers, heads, head_dim)
+        (L, _, M), width = self.weights[0].shape, config.hidden_size
+        if (L, M) != (layers, width) or self.fitted_heads not in (1, heads):
             raise ValueError(
-                f"{path} says that it has {said!r} layers: expected their tensors and no other; at odds: {odd[:4]}"
+                f"policy has weights for {L} layers of width {M} and {self.fitted_heads} heads: expected {layers}, "
+                f"{width} and {heads}, as the model has"
             )
-        flat = [tensors[name] for name in expected]
-        layers = tuple(tuple(flat[i : i + len(_NAMES)]) for i in range(0, len(flat), len(_NAMES)))
-        try:
-            return cls(layers=layers, **fields)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(zip(_NAMES[len(self.weights)], self.weights, strict=True))
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], **fields) -> Learned:
+        names = next((names for names in _NAMES.values() if tensors.keys() == set(names)), None)
+        if names is None:
+            raise ValueError(f"has {sorted(tensors)}: expected {' or '.join(map(str, _NAMES.values()))}")
+        return cls(weights=tuple(tensors[name] for name in names), **fields)
+
+
+def parts_of(policy: Policy) -> Iterator[Policy]:
+    """The policy, and what it is mixed of."""
+    yield policy
+    for _, part in policy.parts if isinstance(policy, Hybrid) else ():
+        yield from parts_of(part)
+
+
+def scorer_of_hidden(policy: Policy) -> Learned | None:
+    """What of the policy reads hidden states.
+
+    Raises:
+        ValueError: several parts do, or one that is no Learned.
+    """
+    found = [part for part in parts_of(policy) if "hidden" in part.needs and not isinstance(part, Hybrid)]
+    if len({id(part) for part in found}) > 1 or not all(isinstance(part, Learned) for part in found):
+        raise ValueError(
+            f"policy reads hidden states by {', '.join(type(part).__name__ for part in found)}: expected one Learned, "
+            "whose scores a cache holds instead of them"
+        )
+    return next((part for part in found if isinstance(part, Learned)), None)

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
-import pathlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kvevict import ops, validate
-from kvevict.policies.base import Policy
 from kvevict.policies.observed import Observed
-from kvevict.policies.shares import config_hash
+from kvevict.policies.scorer import Scorer
+from kvevict.policies.shares import config_hash, find
 
-_FORMAT = "kvevict key-value scorer"
 _ENDING = ".scorer.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LearnedKV(Policy):
+class LearnedKV(Scorer):
     """w · (key before RoPE, value, ln ‖key‖, ln ‖value‖, cosine to the mean key, 1), which predicts the logarithm of
     KVzip's score (arXiv 2505.23416): the most attention that a token draws when the model repeats the text. As KVzap
     (arXiv 2601.07891), but linear, and without the hidden states. `kvevict.hf.fit` fits it; see `kvevict train`.
-
-    Scores compare over the heads and layers of the model: with heads="each", keep=0.1 alone means ModelWide(0.1).
 
     Keys are turned back by positions that count a request's own tokens from 0, as `generate` gives them to the model;
     in a padded batch a forward by hand needs `position_ids` that do, or keys are turned back by too little.
@@ -36,15 +31,13 @@ class LearnedKV(Policy):
         weights: [L, H, D + Dv + 4] float32, as `kvevict.ops.kv_scores` takes them; 0 for layers that do not grow.
         inv_freq: [R/2] float32, RoPE's angles.
         mix: add KeyDiff of the keys before RoPE, scaled to the same deviation in each head.
-        metadata: model, config hash, features, texts, tokens, date, version, correlation.
     """
 
     weights: Tensor = field(repr=False)
     inv_freq: Tensor = field(repr=False)
     mix: bool = True
-    metadata: Mapping[str, str] = field(default_factory=dict)
     needs: ClassVar[frozenset[str]] = frozenset({"values"})
-    comparable: ClassVar[str] = "model"
+    format: ClassVar[str] = "kvevict key-value scorer"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,8 +53,8 @@ class LearnedKV(Policy):
         return True
 
     @property
-    def spread(self) -> str:
-        return "model-wide" if self.heads == "each" else "layers"
+    def fitted_heads(self) -> int:
+        return self.weights.shape[1]
 
     def scores(self, seen: Observed) -> Tensor:
         assert seen.values is not None
@@ -77,43 +70,18 @@ class LearnedKV(Policy):
         )  # fmt: skip
         return mixed(fitted, keydiff) if self.mix else fitted
 
-    def save(self, path: str | pathlib.Path) -> None:
-        """Write a safetensors file, the metadata in its header."""
-        from safetensors.torch import save_file
-
-        tensors = {"weights": self.weights.contiguous(), "inv_freq": self.inv_freq.contiguous()}
-        save_file(tensors, str(path), metadata={**self.metadata, "format": _FORMAT})
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weights": self.weights, "inv_freq": self.inv_freq}
 
     @classmethod
-    def load(cls, path: str | pathlib.Path, **fields) -> LearnedKV:
-        """Read what `save` wrote; fields: sink, recent, heads, mix.
-
-        Raises:
-            FileNotFoundError: no such file. ValueError: not such a scorer, or not a whole one.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        except FileNotFoundError:
-            raise
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no scorer: {error}") from error
-        found = metadata.pop("format", None)
-        if found != _FORMAT or tensors.keys() != {"weights", "inv_freq"}:
-            raise ValueError(
-                f"{path} is of the format {found!r} with {sorted(tensors)}: expected {_FORMAT!r}, weights and inv_freq"
-            )
-        try:
-            return cls(**tensors, metadata=metadata, **fields)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
+    def of_tensors(cls, tensors: dict[str, Tensor], **fields) -> LearnedKV:
+        if tensors.keys() != {"weights", "inv_freq"}:
+            raise ValueError(f"has {sorted(tensors)}: expected weights and inv_freq")
+        return cls(weights=tensors["weights"], inv_freq=tensors["inv_freq"], **fields)
 
     @classmethod
     def of_model(cls, config: Any) -> LearnedKV:
-        """The scorer that the package carries for a model of this architecture.
+        """The scorer that the package carries for a model of this architecture, with the shares that it carries.
 
         Raises:
             ValueError: it carries none.
@@ -121,7 +89,7 @@ class LearnedKV(Policy):
         wanted = config_hash(config)
         for scorer in _packaged():
             if scorer.metadata.get("config") == wanted:
-                return scorer
+                return scorer if scorer.shares is not None else replace(scorer, shares=find(config))
         known = ", ".join(scorer.metadata.get("model", "?") for scorer in _packaged())
         raise ValueError(
             f"there is no learned scorer for this {config.model_type} model (the package carries those of: {known}): "
@@ -129,15 +97,7 @@ class LearnedKV(Policy):
         )
 
     def check(self, config: Any, layers: int, heads: int, head_dim: int) -> None:
-        """Raises:
-        ValueError: it was fitted to another model.
-        """
-        known = self.metadata.get("config")
-        if known is not None and known != config_hash(config):
-            raise ValueError(
-                f"policy was fitted to {self.metadata.get('model')}, config {known}: expected {config_hash(config)}, "
-                "this model's"
-            )
+        super().check(config, layers, heads, head_dim)
         expected = (layers, heads, 2 * head_dim + 4)
         if self.weights.shape != expected:
             raise ValueError(

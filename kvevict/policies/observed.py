@@ -25,6 +25,7 @@ class Observed:
     last_used: Tensor | None = None  # [B, H, S] int32: step at which it was last used, negative for never
     repeated: Tensor | None = None  # [B, H, S] float32: the most attention that the text's repetition drew, as KVzip's
     hidden: Tensor | None = None  # [B, S, M]: the hidden states that entered the layer's attention
+    predicted: Tensor | None = None  # [B, H, S] float32: what a Learned said of the hidden states as they passed
     positions: Tensor | None = None  # [B, H, S] int64: position in the sequence; None: 0 to S - 1
     tokens_seen: Tensor | None = None  # [B] int64: length of the sequence so far; None: S
     lengths: Tensor | None = None  # [B]: valid tokens of each request, or [B, H]: of each of its heads
