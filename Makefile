@@ -48,8 +48,9 @@ test: $(READY)  ## the checks of a commit; without a GPU the kernels run in Trit
 
 # In a process of its own: it compiles, where the rest of the tests interprets.
 EMULATED = CUDA_VISIBLE_DEVICES= PYTHONPATH=tests PTX_TARGET=$(TARGET) $(PY) -m pytest -p emulate -n $(WORKERS)
-KERNEL_TESTS = $(addprefix tests/test_,compact_kv.py decode_attention.py paged.py score_attention.py score_keydiff.py \
-    scores.py select_ranks.py select_topk.py)
+KERNEL_TESTS = $(addprefix tests/test_,compact_kv.py compact_to_pages.py count_rows.py decode_attention.py \
+    far_attention.py paged.py score_attention.py score_keydiff.py score_kv.py score_peaks.py score_products.py scores.py \
+    select_ranks.py select_topk.py)
 
 test-ptx: $(READY)  ## all kernel tests on the compiled code, emulated (TARGET=sm_80): long
 	$(EMULATED) $(or $(TEST),tests/ptx $(KERNEL_TESTS))

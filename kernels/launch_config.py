@@ -81,7 +81,8 @@ class SelectConfig:
     held: int
     splits: int
     chunk: int
-    # 8 scores a thread: a step of 4,096 would need more than 128 registers, and two rows not fit on a multiprocessor.
+    # 8 scores a thread of 256: a step of 4,096 would need more than 128 registers, and two rows not fit on a
+    # multiprocessor.
     block: int = 2048
     num_warps: int = 8
 
@@ -105,8 +106,9 @@ def select_config(rows: int, tokens: int, multiprocessors: int) -> SelectConfig:
     # All programs of a launch that waits at barriers must run at once: one of 512 threads on each multiprocessor, or
     # two of 256, with 128 of its 65,536 registers a thread at most, which select_topk.py asks of the compiler. Two wait
     # less for each tile, and have twice the runs, whose counts every program adds up: 23.1 instead of 21.3 µs for 8
-    # rows of 131,072, but 139 instead of 182 for 1,048,576.
-    fit, num_warps = (2, 8) if much else (1, 16)
+    # rows of 131,072, but 139 instead of 182 for 1,048,576. Of more rows than half the multiprocessors one would leave
+    # some without work: 37 instead of 25 µs for 72 rows of 16,384.
+    fit, num_warps = (2, 8) if much or 2 * rows > multiprocessors else (1, 16)
     wanted = max(1, min(fit * multiprocessors // rows, MAX_SELECT_SPLITS))
     chunk = cdiv(cdiv(tokens, wanted), SelectConfig.block) * SelectConfig.block
     return SelectConfig(0, cdiv(tokens, chunk), chunk, num_warps=num_warps)

@@ -21,11 +21,11 @@ A long row is cut into runs, one program each. Four rounds count a digit of 8 bi
 programs of a row must have come as far. On an NVIDIA GPU that is one cooperative launch with a barrier per row, since
 all of its programs run at once; elsewhere, and in the interpreter, where they run one after another, it is a launch per
 round. 256 bins, because tl.histogram spends work per warp in proportion to the bins. The first two digits part all but
-a few tokens; the others are counted by adding one by one.
+a few of scores that are spread; these are counted by adding one by one.
 
 Shapes: scores [B, H, S] float32, last dimension contiguous; out [B, H or 1, n] int64, -1 beyond a row's own count.
-Bytes per row: 4·S twice (up to 4,096 tokens of few rows, and in runs of one tile, once: registers), or five times, from
-L2 after the first; 8·n written. Runs add splits² · 256 · 4 bytes of histograms a round, all in L2. Each histogram has
+Bytes per row: 4·S twice (up to 4,096 tokens of few rows, and in one launch of runs of one tile, once: registers), or
+five times, from L2 after the first; 8·n written. Runs add splits² · 256 · 4 bytes of histograms a round, all in L2. Each histogram has
 one owner, so the result cannot depend on the order in which programs run.
 Launch: 1; for long rows without cooperative launches 5; 1 more for heads="shared". Adaptive: two selections and 1 more.
 """
@@ -185,15 +185,12 @@ def _count_digits(
 ):  # fmt: skip
     """Write the histogram [256] of a run's ROUND-th byte over the candidates whose more significant bytes are `prefix`.
 
-    Two bytes part all but a few candidates, if these are not ties. From then on those that still compete are added one
-    by one, which takes a third of a dense count's instructions. Ties cost more, but only a run's own wait for each
-    other.
+    Two bytes part all but a few candidates, if scores are spread. From then on those that still compete are added one by
+    one to zeros, which takes a third of a dense count's instructions. Ties cost more, but only a run's own wait for
+    each other.
     """
     bins = tl.arange(0, _DIGIT_BINS)
     counts = tl.zeros([_DIGIT_BINS], tl.int32)
-    if ROUND >= _SPARSE:
-        tl.store(counts_ptr + bins, counts)
-        tl.debug_barrier()  # other threads add to what this one has cleared
     for start in range(begin, end, BLOCK):
         keys, competes = _load_keys(row_ptr, start + tl.arange(0, BLOCK), end, first, last, held)
         if ROUND == 0:
@@ -286,6 +283,9 @@ def select_runs_kernel(
     end = tl.minimum(begin + chunk, S)
     if FIRST == 0:
         _clear(clear_ptr, clear_size, BLOCK)
+        for ROUND in tl.static_range(_SPARSE, _WRITE):  # long before this run adds to them
+            bins = (ROUND * splits + split) * _DIGIT_BINS + tl.arange(0, _DIGIT_BINS)
+            tl.store(histograms_ptr + bins, tl.zeros([_DIGIT_BINS], tl.int32))
     held = None
     if HELD:
         held, _ = _load_keys(row_ptr, begin + tl.arange(0, BLOCK), end, first, last)

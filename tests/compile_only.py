@@ -236,9 +236,11 @@ def matrix(target: str, rows, tiles, paged) -> None:
     launch_select(8192)
     launch_select(16384)
     launch_select(131072)
+    launch_select(1 << 20)
     for S in (4096, 8192, 32768, 131072):
         launch_select_many(S)
     launch_adaptive(4096)
+    launch_adaptive(16384)
     launch_ranks(131072)
 
 

@@ -213,12 +213,15 @@ def test_latents_are_not_what_queries_attend_to(policy):
     assert cache.get_seq_length() == 0  # as it was
 
 
-def test_layers_that_share_a_cache():
-    """Gemma 4's last layers attend to the keys of earlier ones, with padding too."""
+@pytest.mark.parametrize("sizes", [
+    dict(num_kv_shared_layers=2, global_head_dim=16), dict(global_head_dim=32, num_global_key_value_heads=1),
+], ids=["shared", "wide"])  # fmt: skip
+def test_gemma_4(sizes):
+    """Its last layers may attend to the keys of earlier ones, and those that grow have heads of another size and number
+    than those with a window; with padding too."""
     if not hasattr(transformers, "Gemma4TextConfig"):
         pytest.skip("a newer transformers has it")
-    options = dict(HALF, num_kv_shared_layers=2, global_head_dim=16, hidden_size_per_layer_input=8,
-                   vocab_size_per_layer_input=120)  # fmt: skip
+    options = dict(HALF, hidden_size_per_layer_input=8, vocab_size_per_layer_input=120, **sizes)
     model, ours = (tiny(transformers.Gemma4TextConfig, transformers.Gemma4ForCausalLM, **options) for _ in range(2))
     ids, mask = padded()
     expected = logits_of(model, ids, mask, DynamicCache(config=model.config))

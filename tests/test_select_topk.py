@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import kvevict
 from kvevict.backends import reference
 from kvevict.backends import triton as kernels
+from kvevict.kernels.launch_config import MAX_SELECT_SPLITS, select_config
 
 INF, NAN = float("inf"), float("nan")
 
@@ -279,3 +280,18 @@ def test_promises(data):
 
     chosen, evicted = set(kept) - protected, set(range(S)) - set(kept)
     assert all(better(i, j) for i in chosen for j in evicted)
+
+
+def test_runs_fill_the_device_and_fit_on_it():
+    """All programs of a launch that meets must be on the device at once, 128 registers a thread; and half of it at least
+    has work, unless a row has as many runs as it can have."""
+    for rows in range(1, 133):
+        for tokens in (8193, 16384, 40000, 1 << 20):
+            config = select_config(rows, tokens, 132)
+            if config.held:
+                continue
+            programs, most = rows * config.splits, min(-(-tokens // config.block), MAX_SELECT_SPLITS)
+            assert programs <= 132 * (65536 // (32 * config.num_warps * 128))
+            assert config.splits * config.chunk >= tokens > (config.splits - 1) * config.chunk
+            assert programs >= 66 or config.splits == most
+            assert config.num_warps == 8 or 2 * rows <= 132  # or a launch of a program each leaves some without

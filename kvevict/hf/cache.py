@@ -41,6 +41,7 @@ from kvevict.policies import (
 )
 from kvevict.policies.base import ALL_QUERIES
 from kvevict.policies.learned import parts_of, scorer_of_hidden
+from kvevict.policies.shares import said
 
 logger = logging.getLogger("kvevict")
 POLICIES: dict[str, Policy] = {"recommended": RECOMMENDED} | NAMED | OF_MODEL | {"kvzip": KVzip(), "far": FAR}
@@ -181,7 +182,7 @@ class EvictingCache(Cache):
         full = _full_layers(self._config, layers)
         self._model = weakref.ref(model) if hasattr(model, "modules") else None
         self._budget, self._policy = share, shares.policy_for(share, policy)
-        heads = (getattr(self._config, name, None) for name in ("num_key_value_heads", "num_attention_heads"))
+        heads = (_of_full(self._config, name, full) for name in ("num_key_value_heads", "num_attention_heads"))
         self._heads = next(filter(None, heads), 1)
         of_heads = shares.unequal_heads(share, self._policy)
         self._guarded = False
@@ -189,7 +190,7 @@ class EvictingCache(Cache):
         if of_heads:
             shares.check_served(self._config, self._policy, for_ever=budget is not None, static=static)
         shares.check_model(share, self._config)
-        self._check_fitted(policy, len(layers))
+        self._check_fitted(policy, len(layers), full)
         protected = sum(self._policy.protected)
         parts = shares.beforehand(share, len(full), self._heads, protected)
         self._unequal = of_heads or len(set(parts)) > 1
@@ -215,12 +216,12 @@ class EvictingCache(Cache):
                     "use: expected a budget over layers"
                 )
 
-    def _check_fitted(self, policy: Policy, layers: int) -> None:
+    def _check_fitted(self, policy: Policy, layers: int, full: list[int]) -> None:
         """Raises:
         ValueError: a scorer was fitted to another model, or the policy reads hidden states by several of them.
         """
         scorer_of_hidden(policy)
-        head_dim = getattr(self._config, "head_dim", None)
+        head_dim = _of_full(self._config, "head_dim", full)
         head_dim = head_dim or self._config.hidden_size // self._config.num_attention_heads
         model = None if self._model is None else self._model()
         for part in parts_of(policy):
@@ -385,7 +386,7 @@ class EvictingCache(Cache):
             raise ValueError("the cache is empty: expected a cache after a forward")
         given = self._policy if policy is None else policy
         if policy is not None:
-            self._check_fitted(policy, len(self.layers))
+            self._check_fitted(policy, len(self.layers), self._full)
         budget = _as_budget(keep, given)
         policy = shares.policy_for(budget, given)
         of_heads = shares.unequal_heads(budget, policy)
@@ -597,6 +598,17 @@ def _full_layers(config: Any, layers: list[Any]) -> list[int]:
             "have, which alone can be evicted from"
         )
     return full
+
+
+def _of_full(config: Any, name: str, full: list[int]) -> Any:
+    """What a config says of the layers that grow without end, where transformers has a value for each layer too."""
+    value = said(config, name)
+    if not isinstance(value, list):
+        return value
+    values = {value[i] for i in full}
+    if len(values) > 1:
+        raise ValueError(f"config has {name} {value}: expected one value for all layers that grow, {full}")
+    return values.pop()
 
 
 def _mpt_alibi(config: Any) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from kvevict.hf import pages
 from kvevict.hf.layer import EvictingLayer
 from kvevict.hf.places import Places
+from kvevict.policies.shares import said
 
 FILE = "cache.safetensors"
 FORMAT = 4
@@ -28,7 +29,7 @@ FACTS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads"
 
 
 def _facts(config: Any) -> dict[str, Any]:
-    known = {name: getattr(config, name, None) for name in FACTS}
+    known = {name: said(config, name) for name in FACTS}
     return json.loads(json.dumps({name: value for name, value in known.items() if value is not None}, default=str))
 
 
@@ -175,8 +176,8 @@ def _sizes(config: Any) -> dict[str, int]:
     """Heads and head_dim of the keys that a model caches, as far as its config says."""
     if getattr(config, "kv_lora_rank", None) or getattr(config, "global_head_dim", None):  # latents, other layers' size
         return {}
-    said = dict(heads=getattr(config, "num_key_value_heads", None), head_dim=getattr(config, "head_dim", None))
-    return {name: size for name, size in said.items() if isinstance(size, int)}
+    sizes = dict(heads=said(config, "num_key_value_heads"), head_dim=said(config, "head_dim"))
+    return {name: size for name, size in sizes.items() if isinstance(size, int)}
 
 
 def _check(own: dict[str, Tensor], state: dict[str, Any], batch: int) -> None:

@@ -124,16 +124,24 @@ def _packaged() -> dict[str, Shares]:
     return found
 
 
+def said(config: Any, name: str) -> Any:
+    """What a config says of its model; a list with a value for each layer where transformers has one for each."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers: which layer's?
+        return [getattr(of_layer, name, None) for of_layer in config.per_layer_config]
+
+
 def config_hash(config: Any) -> str:
     """16 hexadecimal digits of what makes a transformers config's architecture; those of models with the same layers,
     heads and sizes are equal, whatever their weights."""
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
     names = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    facts = {name: getattr(config, name, None) for name in names}
+    facts = {name: said(config, name) for name in names}
     query_heads = facts["num_attention_heads"]
-    facts["num_key_value_heads"] = getattr(config, "num_key_value_heads", None) or query_heads
-    facts["head_dim"] = getattr(config, "head_dim", None) or (facts["hidden_size"] or 0) // (query_heads or 1)
+    facts["num_key_value_heads"] = said(config, "num_key_value_heads") or query_heads
+    facts["head_dim"] = said(config, "head_dim") or (facts["hidden_size"] or 0) // (query_heads or 1)
     rope = getattr(config, "rope_parameters", None) or {}
     facts["rope_theta"] = rope.get("rope_theta", getattr(config, "rope_theta", None))
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

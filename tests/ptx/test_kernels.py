@@ -217,7 +217,7 @@ def test_ragged_selection(kind, S):
         assert_same("evict_slots", scores, 2, 3, lengths, unwritten(2, 2, n, dtype=torch.int64), out=[4])
 
 
-@pytest.mark.parametrize("kind, S", matrix(KINDS, (5, 100, 5000), quick=[("odd", 5), ("ties", 100)]))
+@pytest.mark.parametrize("kind, S", matrix(KINDS, (5, 100, 5000, 8200), quick=[("odd", 5), ("ties", 100)]))
 def test_selection_over_heads(kind, S):
     scores = scores_of(kind, 2, 3, S)
     lengths = torch.tensor([[S, S // 2, 1], [S // 2 + 1, S, S]], dtype=torch.int32)
