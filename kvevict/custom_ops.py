@@ -196,7 +196,7 @@ def _topk_move_op(
 ):  # fmt: skip
     """topk_indices, then move_rows in order: the selection clears the flags of the move, which saves it a launch."""
     _check_written(keys, values, table, lengths, key_scales, value_scales)
-    B, H, _ = scores.shape
+    B, H, _ = cache_rows(keys, table)
     slots = indices.expand(B, H, -1)
     flags = torch.empty(pick(keys.device).move_flags(slots, keys, values), dtype=torch.int32, device=keys.device)
     _run("topk_indices", keys.device, scores, keep_lengths, sink, recent, shared, lengths, indices, flags)

@@ -34,6 +34,63 @@ def facts(count, tokenizer, text, tokens=1000):
     return prompts, answers
 
 
+def views(impl, kv_cache, layer):
+    """K and V as views [num_blocks, block_size, kv_heads, head_dim] of the engine's memory, in any layout of it."""
+    if type(impl).__name__ != "EvictingCPUImpl":
+        return impl.cache_views(kv_cache, layer)
+    blocks, heads, size, width = kv_cache.shape
+    keys, values = kv_cache.view(blocks, heads, 2 * size, width // 2).chunk(2, dim=2)
+    keys = keys.as_strided((blocks, size, heads, width // 2), (keys.stride(0), 1, keys.stride(1), size))
+    return keys, values.transpose(1, 2)
+
+
+class Checked:
+    """Every cut of every layer against the policy's choice for each request alone, gathered token by token."""
+
+    def __init__(self):
+        from kvevict.vllm.cpu import EvictingCPUImpl
+        from kvevict.vllm.worker import EvictingImpl
+
+        self.requests, self.chosen, self.queries = 0, [], Counter()
+        for of in (EvictingCPUImpl, EvictingImpl):
+            of.cut = self.checked(of.cut)
+
+    def checked(self, cut):
+        import torch
+
+        from kvevict.policies import Observed
+
+        def checked(impl, step, requests, seen, layer, kv_cache):
+            caches = views(impl, kv_cache, layer)
+            size, policy = caches[0].shape[1], step.policy
+            expected = []
+            for j, length in enumerate(requests.lengths.tolist()):
+                slots = torch.arange(length)
+                places = requests.table[j, slots // size].long(), slots % size
+                keys, values = (cache[places].transpose(0, 1)[None].contiguous() for cache in caches)
+                alone = {name: seen[name][j : j + 1] for name in ("queries", "positions") if seen[name] is not None}
+                if "positions" in alone:
+                    alone["positions"] = alone["positions"][..., :length]
+                observed = Observed(keys=keys, values=values, **alone, scale=seen["scale"], layer=seen["layer"])
+                scores, kept = policy.scores(observed)[..., step.prefix :], int(requests.cut.kept[j])
+                index = step.prefix + policy.choose(scores.contiguous(), kept)
+                self.chosen.append(index[0].tolist())
+                where = tuple(place[length - kept :] for place in places)
+                moved = [x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))[0].transpose(0, 1) for x in
+                         (keys, values)]  # fmt: skip
+                still = tuple(place[: step.prefix] for place in places)
+                expected.append((where, moved, still, [cache[still].clone() for cache in caches]))
+                self.queries[requests.queries.shape[1]] += 1
+            cut(impl, step, requests, seen, layer, kv_cache)
+            for where, moved, still, before in expected:
+                for cache, rows, prefix in zip(caches, moved, before, strict=True):
+                    assert torch.equal(cache[where], rows), "a request is not cut as it is alone"
+                    assert torch.equal(cache[still], prefix), "the prefix has changed"
+            self.requests += len(expected)
+
+        return checked
+
+
 class Watched:
     """An engine whose block pool is checked after every step."""
 
@@ -42,6 +99,11 @@ class Watched:
 
         from kvevict import models
 
+        if scenario.get("fake"):
+            import vllm_fake
+
+            vllm_fake.use(**scenario["fake"])
+        self.checked = Checked() if scenario.get("checked") else None
         tiny = "model" in scenario  # where tests/vllm_tiny.py saved one
         folder = scenario["model"] if tiny else models.fetch_smollm2()
         options = dict(max_model_len=2048, max_num_batched_tokens=512, enable_prefix_caching=False, enforce_eager=True,
@@ -91,8 +153,9 @@ class Watched:
         return outputs
 
     def result(self):
+        checked = dict(cuts=self.checked.requests, queries=self.checked.queries) if self.checked else {}
         return dict(preempted=self.preempted, most_used=self.most_used, most_running=self.most_running,
-                    total=self.total, free=self.pool.get_num_free_blocks())  # fmt: skip
+                    total=self.total, free=self.pool.get_num_free_blocks(), **checked)  # fmt: skip
 
 
 def answer(scenario):
