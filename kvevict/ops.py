@@ -452,7 +452,9 @@ def pool_scores(scores: Tensor, kernel_size: int, mode: str = "avg") -> Tensor:
     return _pool(scores, kernel_size, mode)
 
 
-def combine_scores(parts: Sequence[tuple[float, Tensor]], *, scale: str = "rank") -> Tensor:
+def combine_scores(
+    parts: Sequence[tuple[float, Tensor]], *, scale: str = "rank", lengths: Tensor | None = None
+) -> Tensor:
     """A weighted sum of scores, after putting each on one scale per row: raw sums of unlike scales mean nothing.
 
     Args:
@@ -460,6 +462,7 @@ def combine_scores(parts: Sequence[tuple[float, Tensor]], *, scale: str = "rank"
         scale: "rank": the share of a row's other tokens that score lower, ties halfway, in [0, 1]; "minmax": linear
             from a row's least score, 0, to its greatest, 1; "l2": over the row's Euclidean norm. Only "rank" tells +inf
             from a row's greatest finite score: for the others it is one more of those, so that it flattens nothing.
+        lengths: [B] or [B, H], see the module; without them, a score of -inf says that there is no token.
 
     Returns:
         [B, H, S] float32; -inf where a part is -inf (no token), NaN where one is NaN; neither counts in a row's scale.
@@ -467,39 +470,37 @@ def combine_scores(parts: Sequence[tuple[float, Tensor]], *, scale: str = "rank"
     Raises:
         TypeError, ValueError: no parts, unlike shapes or devices, weights that are no finite numbers, unknown scale.
     """
-    validate.one_of("scale", scale, tuple(_SCALES))
+    validate.one_of("scale", scale, (_RANK, *_SCALES))
     if not isinstance(parts, Sequence) or not parts:
         raise ValueError(f"parts is {parts!r}: expected at least one pair (weight, scores)")
-    total: Tensor | None = None
-    absent: Tensor | None = None
+    weights, rows = [], []
     for i, part in enumerate(parts):
         if not isinstance(part, Sequence) or len(part) != 2:
             raise TypeError(f"parts[{i}] is {type(part).__name__}: expected a pair (weight, scores)")
         weight, scores = part
-        weight = validate.number(f"parts[{i}] weight", weight)
-        scores = validate.scores(scores, f"parts[{i}] scores")
-        if total is not None and (scores.shape != total.shape or scores.device != total.device):
+        weights.append(validate.number(f"parts[{i}] weight", weight))
+        rows.append(validate.scores(scores, f"parts[{i}] scores"))
+        if scores.shape != rows[0].shape or scores.device != rows[0].device:
             raise ValueError(
                 f"parts[{i}] scores has shape {tuple(scores.shape)} on {scores.device}: expected "
-                f"{tuple(total.shape)} on {total.device}, as parts[0] has"
+                f"{tuple(rows[0].shape)} on {rows[0].device}, as parts[0] has"
             )
+    B, H, S = rows[0].shape
+    lengths = None if lengths is None else validate.lengths(lengths, B, H, rows[0])
+    if scale == _RANK:
+        out = torch.empty((B, H, S), dtype=torch.float32, device=rows[0].device)
+        torch.ops.kvevict.combine_ranks(rows, weights, lengths, out)
+        return out
+    if lengths is not None:
+        beyond = torch.arange(S, device=lengths.device) >= lengths.view(B, -1, 1)
+        rows = [scores.masked_fill(beyond, float("-inf")) for scores in rows]
+    total, absent = torch.zeros_like(rows[0]), torch.zeros_like(rows[0], dtype=torch.bool)
+    for weight, scores in zip(weights, rows, strict=True):
         no_token = scores == float("-inf")
         spoiled = scores.isnan()
-        scaled = _SCALES[scale](scores, ~(no_token | spoiled)).masked_fill(spoiled, float("nan")) * weight
-        total = scaled if total is None else total + scaled
-        absent = no_token if absent is None else absent | no_token
-    assert total is not None and absent is not None
+        scaled = _SCALES[scale](scores, ~(no_token | spoiled)).masked_fill(spoiled, float("nan"))
+        total, absent = total + scaled * weight, absent | no_token
     return total.masked_fill(absent, float("-inf"))
-
-
-def _rank(scores: Tensor, present: Tensor) -> Tensor:
-    scores = scores.masked_fill(~present, float("-inf")).contiguous()
-    in_order = scores.sort(dim=-1)[0]
-    lower = torch.searchsorted(in_order, scores)
-    not_higher = torch.searchsorted(in_order, scores, right=True)
-    absent = (~present).sum(-1, keepdim=True)
-    others = (scores.shape[-1] - absent - 1).clamp(min=1)
-    return (lower + not_higher - 1 - 2 * absent).float() / (2 * others)
 
 
 def _minmax(scores: Tensor, present: Tensor) -> Tensor:
@@ -523,7 +524,7 @@ def _without_infinity(scores: Tensor, present: Tensor) -> Tensor:
     return torch.where(infinite, most.masked_fill(most == float("-inf"), 0.0), scores)
 
 
-_SCALES = {"rank": _rank, "minmax": _minmax, "l2": _l2}
+_RANK, _SCALES = "rank", {"minmax": _minmax, "l2": _l2}
 
 
 def evict_slots(

@@ -11,8 +11,8 @@ from kvevict.paged.ops import _check_scales, _paged
 class Cut:
     """Requests of a paged cache, each cut to a number of tokens of its own, towards its end: `kvevict.paged.tail`.
 
-    Tables, lengths and counts are the same for all layers: they are checked once, and a layer then costs three launches,
-    or four where its heads share a selection, however many requests there are.
+    Tables, lengths and counts are the same for all layers: they are checked once, and a layer then costs two launches, or three
+    where its heads share a selection, however many requests there are.
     """
 
     def __init__(
@@ -62,15 +62,12 @@ class Cut:
         value_cache: Tensor,
         key_scales: Tensor | None = None,
         value_scales: Tensor | None = None,
-    ) -> Tensor:
+    ) -> None:
         """`select`, and move the rows of these tokens to the last slots of their requests, in order, in place.
 
         Args:
             scores: [B, H, S] float32; or [B, 1, S], where heads share a selection.
             key_cache, value_cache, key_scales, value_scales: as in `kvevict.paged.paged_compact`, of one layer.
-
-        Returns:
-            The indices, as `select` gives them: of slots as they were.
 
         Raises:
             TypeError, ValueError: as there.
@@ -81,4 +78,4 @@ class Cut:
         B, H, S, _ = cache.shape
         if scores.shape != (B, H, S) and (self._protection[2] != "shared" or scores.shape != (B, 1, S)):
             raise ValueError(f"scores has shape {tuple(scores.shape)}: expected {(B, H, S)}")
-        return ops._topk_move(cache, scores, self._most, self.kept, *self._protection, True, *scales)
+        ops._topk_move(cache, scores, self._most, self.kept, *self._protection, True, *scales)
