@@ -25,7 +25,7 @@ READS_HALVES = {"rotary_anchor_kernel", "kv_scores_kernel"}  # of rows, whose 60
 KERNELS = READS_ROWS | READS_HALVES | TILES | {
     "fill_holes_kernel", "select_row_kernel", "select_runs_kernel", "split_heads_kernel", "mean_heads_kernel",
     "pool_scores_kernel", "merge_lse_kernel", "merge_decode_kernel", "track_kernel", "check_rows_kernel",
-    "keep_counts_kernel", "left_blocks_kernel", "from_end_kernel",
+    "keep_counts_kernel", "left_blocks_kernel", "from_end_kernel", "combine_ranks_kernel",
 }  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def test_every_policy_cuts_each_request_as_it_would_alone(name):
             seen = Observed(keys=pages(paged.keys, paged.table), values=pages(paged.values, paged.table),
                             **observed(paged, policy, queries))  # fmt: skip
             cut, scores = cut_of(paged, policy), policy.scores(seen)
-            indices = cut.select(scores)
+            indices = cut.select(scores).expand(-1, H, -1)
             cut.move(scores, paged.keys, paged.values)
             for b, (length, keep) in enumerate(zip(paged.lengths.tolist(), KEEP, strict=True)):
                 if length < queries.shape[2]:
@@ -99,7 +99,7 @@ def test_pages_are_checked():
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counted in the interpreter")
 @pytest.mark.parametrize("requests", [1, 24])
-@pytest.mark.parametrize(("name", "most"), [("keydiff", 8), ("keynorm", 8), ("recommended", 8), ("snapkv", 8)])
+@pytest.mark.parametrize(("name", "most"), [("keydiff", 3), ("keynorm", 3), ("recommended", 8), ("snapkv", 10)])
 def test_a_layer_costs_few_launches_however_many_requests(name, most, requests):
     policy, paged = SERVED[name], Paged(16, lengths=[80] * requests)
     cut = cut_of(paged, policy, keep=[40] * requests)
@@ -107,7 +107,7 @@ def test_a_layer_costs_few_launches_however_many_requests(name, most, requests):
     index = torch.arange(requests * 40, device=DEVICE).view(requests, 40)[:, -max(1, min(policy.window, 40)) :]
 
     def layer():
-        queries = rows[index].transpose(1, 2)
+        queries = rows[index].transpose(1, 2) if "queries" in policy.needs else None
         seen = Observed(keys=pages(paged.keys, paged.table), values=pages(paged.values, paged.table),
                         **observed(paged, policy, queries))  # fmt: skip
         cut.move(policy.scores(seen), paged.keys, paged.values)
@@ -115,5 +115,4 @@ def test_a_layer_costs_few_launches_however_many_requests(name, most, requests):
     layer()  # the first one checks tables and lengths for all
     with launches() as counted:
         layer()
-    print(counted)
-    assert len(counted) <= most
+    assert len(counted) <= most, counted

@@ -51,9 +51,11 @@ class Cut:
         self._protection = sink, recent, heads
 
     def select(self, scores: Tensor) -> Tensor:
-        """The tokens to keep: `kvevict.ops.topk_indices` of scores [B, H, S] float32, [B, H, most] int64."""
+        """The tokens to keep: `kvevict.ops.topk_indices` of scores [B, H, S] float32, [B, H, most] int64; of heads that
+        share a selection [B, 1, most]."""
         scores = validate.scores(scores)
-        return ops._topk(scores, self._most, self.kept, *self._protection, self.lengths, trusted=False, floor=0.0)
+        indices = ops._topk(scores, self._most, self.kept, *self._protection, self.lengths, trusted=False, floor=0.0)
+        return indices[:, :1] if self._protection[2] == "shared" else indices
 
     def move(
         self,
@@ -66,7 +68,7 @@ class Cut:
         """`select`, and move the rows of these tokens to the last slots of their requests, in order, in place.
 
         Args:
-            scores: [B, H, S] float32; or [B, 1, S], where heads share a selection.
+            scores: [B, H, S] float32; where heads share a selection, of any heads.
             key_cache, value_cache, key_scales, value_scales: as in `kvevict.paged.paged_compact`, of one layer.
 
         Raises:
@@ -76,6 +78,6 @@ class Cut:
         scales = _check_scales(key_scales, value_scales, cache.keys)
         scores = validate.scores(scores)
         B, H, S, _ = cache.shape
-        if scores.shape != (B, H, S) and (self._protection[2] != "shared" or scores.shape != (B, 1, S)):
+        if scores.shape != (B, scores.shape[1] if self._protection[2] == "shared" else H, S):
             raise ValueError(f"scores has shape {tuple(scores.shape)}: expected {(B, H, S)}")
         ops._topk_move(cache, scores, self._most, self.kept, *self._protection, True, *scales)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
@@ -299,9 +299,9 @@ def side_by_side(impl: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shared_scores(step: Step, scores: Tensor) -> Tensor:
-    """Scores [J, H, S] of what lies behind the prefix; [J, 1, S] where the heads of all ranks share a selection."""
+    """Scores [J, H, S] of what lies behind the prefix; those of all ranks' heads where these share a selection: one
+    message. Their mean would be shorter, but what it rounds to would depend on the number of ranks."""
     scores = scores[:, :, step.prefix :]
-    ranks = get_tensor_model_parallel_world_size()
-    if step.policy.heads == "shared" and ranks > 1:
-        scores = tensor_model_parallel_all_reduce(scores.mean(1, keepdim=True)) / ranks
+    if step.policy.heads == "shared" and get_tensor_model_parallel_world_size() > 1:
+        scores = tensor_model_parallel_all_gather(scores.contiguous(), 1)
     return scores
