@@ -1,9 +1,9 @@
 """`python bench/serve_vllm.py`: vLLM's OpenAI-compatible server with and without eviction, asked by openai's client.
 
-Serves SmolLM2 with `vllm serve`, sends requests at once that each hide a number in about 1,000 tokens, and prints how many
-ran at once, blocks in use at most, steps, the worker's CPU seconds, the share of them in eviction, and right answers.
---stream instead streams answers of mixed lengths, breaks some off, and tells what the server holds in the end. Needs vLLM
-and openai (`make test-vllm` makes such an environment in .venv-vllm).
+Serves SmolLM2 with `vllm serve`, sends requests at once that each hide a number in about 1,000 tokens, and prints how
+many ran at once, blocks in use at most, steps, the worker's CPU seconds, the share of them in eviction, and right
+answers. --stream instead streams answers of mixed lengths, breaks some off, and tells what the server holds in the end.
+Needs vLLM and openai (`make test-vllm` makes such an environment in .venv-vllm).
 """
 
 import argparse
@@ -182,8 +182,8 @@ def main():
         rows.append(row)
         print(f"eviction {row['eviction']}: {row['most_running']} at once, {row['most_blocks_used']} of "
               f"{options.blocks - 1} blocks at most, {row['steps']} steps, {row['cpu_seconds']:.1f} CPU s, "
-              f"{row['eviction_share']:.1%} of them in eviction, {row['tokens_per_second']:.1f} tokens/s, {row['right']} "
-              f"of {len(prompts)} right")  # fmt: skip
+              f"{row['eviction_share']:.1%} of them in eviction, {row['tokens_per_second']:.1f} tokens/s, "
+              f"{row['right']} of {len(prompts)} right")  # fmt: skip
         print("  " + " | ".join(row["answers"]), flush=True)
     import torch
     import vllm

@@ -55,8 +55,8 @@ def combine_ranks_kernel(parts, weights, strides, lengths, out_ptr, S, H, blocks
 def combine_ranks(
     parts: Sequence[torch.Tensor], weights: Sequence[float], lengths: torch.Tensor | None, out: torch.Tensor
 ) -> None:
-    """Fill out [B, H, S] float32 with Σ weight · rank of the parts [B, H, S]; -inf where one is -inf and at and beyond a
-    row's length, NaN where one is NaN."""
+    """Fill out [B, H, S] float32 with Σ weight · rank of the parts [B, H, S]; -inf where one is -inf, and at and
+    beyond a row's length, NaN where one is NaN."""
     B, H, S = out.shape
     BLOCK = 64  # 64 · 64 comparisons at a time, 32 a thread
     blocks = cdiv(S, BLOCK)

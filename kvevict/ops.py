@@ -695,7 +695,9 @@ def _cache(keys: Tensor | Pages, lengths: Tensor | None, values: Tensor | Pages 
     if values is None:
         values = keys
     elif not isinstance(values, Pages) or values.table is not keys.table:
-        raise TypeError(f"values is {type(values).__name__}: expected Pages under the table of keys, as these are Pages")
+        raise TypeError(
+            f"values is {type(values).__name__}: expected Pages under the table of keys, as these are Pages"
+        )
     validate.cache("values", values.rows, validate.FLOAT_DTYPES, keys.rows)
     B, H, _, _ = keys.shape
     return _Cache(keys.rows, values.rows, keys.table, validate.lengths(lengths, B, H, keys.rows))

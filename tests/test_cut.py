@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from cases import both
 from conftest import DEVICE
 from launches import launches
 from test_paged import D, H, Paged
 
 import kvevict
 from kvevict.paged import Cut, paged_compact, pages
-from kvevict.policies import NAMED, RECOMMENDED, Hybrid, KeyNorm, LearnedKV, Observed, SnapKV
+from kvevict.policies import NAMED, RECOMMENDED, Hybrid, KeyNorm, LearnedKV, Observed
 
 G = 3
 KEEP = [40, 33, 1, 50]

@@ -67,7 +67,8 @@ def test_settings_come_from_the_configuration_or_the_environment(monkeypatch):
 
 @pytest.mark.parametrize(
     ("changes", "match"),
-    [(on(policy="lru"), "policy is 'lru'"), (on(policy="attention"), "policy is 'attention'"), (on(budget=0), "budget is 0"), (on(budget=20), "budget is 20"),
+    [(on(policy="lru"), "policy is 'lru'"), (on(policy="attention"), "policy is 'attention'"),
+     (on(budget=0), "budget is 0"), (on(budget=20), "budget is 20"),
      (on(interval=-1), "interval is -1"), (on(keep=0.5), "kvevict is .*keep"),
      (dict(additional_config=dict(kvevict="keydiff")), "kvevict is 'keydiff'"),
      (on(prefix=-1), "prefix is -1"), (on(scorer="x"), "scorer is 'x': expected None"),
@@ -172,7 +173,8 @@ def test_preempted_requests_begin_anew_and_finish(tiny):
 def test_a_thousand_random_steps_lose_no_block(tiny, prefix):
     churn = dict(kind="churn", steps=1000 if prefix == 0 else 200, model=tiny("llama"),
                  kvevict=dict(policy="keydiff", budget=128, interval=32, prefix=prefix),
-                 engine=dict(num_gpu_blocks_override=30, max_num_batched_tokens=512, enable_prefix_caching=True))  # fmt: skip
+                 engine=dict(num_gpu_blocks_override=30, max_num_batched_tokens=512,
+                             enable_prefix_caching=True))  # fmt: skip
     outcome = result(json.dumps(churn))
     assert outcome["free"] == outcome["total"] == 29
     assert min(outcome["added"], outcome["finished"], outcome["aborted"]) > (20 if prefix == 0 else 3)
@@ -213,7 +215,8 @@ def test_many_requests_are_cut_as_each_alone(tiny, tmp_path, policy):
 @needs_vllm
 @pytest.mark.parametrize(
     ("backend", "layout", "size"),
-    [("FLASH_ATTN", "LBNHC", 16), ("FLASH_ATTN", "BLHNC", 32), ("TRITON_ATTN", "BLNHC", 32), ("TRITON_ATTN", "LBHNC", 16),
+    [("FLASH_ATTN", "LBNHC", 16), ("FLASH_ATTN", "BLHNC", 32), ("TRITON_ATTN", "BLNHC", 32),
+     ("TRITON_ATTN", "LBHNC", 16),
      ("FLASHINFER", "LBNHC", 16), ("FLASHINFER", "LBHNC", 32)],
 )  # fmt: skip
 def test_gpu_backends_with_faked_kernels_say_what_the_cpu_says(tiny, backend, layout, size):
@@ -273,7 +276,9 @@ def test_other_backends_refuse(monkeypatch):
     from kvevict.vllm import refused
 
     monkeypatch.setattr(refused, "get_current_vllm_config", lambda: config(**on()))
-    with pytest.raises(ValueError, match="cannot evict with attention_backend=FLEX_ATTENTION: expected one of CPU_ATTN"):
+    with pytest.raises(
+        ValueError, match="cannot evict with attention_backend=FLEX_ATTENTION: expected one of CPU_ATTN"
+    ):
         refused.FLEX_ATTENTION.get_impl_cls()()
     assert refused.FLEX_ATTENTION is refused.FLEX_ATTENTION and refused.FLEX_ATTENTION.get_name() == "FLEX_ATTENTION"
     assert issubclass(refused.MAMBA2.get_builder_cls(), object) and refused.TRITON_MLA.is_mla()

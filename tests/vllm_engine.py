@@ -227,7 +227,7 @@ def churn(scenario):
 
 
 def waves(scenario):
-    """Requests (32) in waves of 8: 4 prefixes of 300 tokens, tails of their own. What each says, and tokens scheduled."""
+    """32 requests in waves of 8: 4 prefixes of 300 tokens, tails of their own. What each says, and tokens scheduled."""
     watched, rng, requests = Watched(scenario), random.Random(0), scenario.get("requests", 32)
     prefixes = [[rng.randrange(1000, 40000) for _ in range(300)] for _ in range(4)]
     schedule, scheduled, said = watched.scheduler.schedule, 0, {}
@@ -255,11 +255,13 @@ def traced(scenario):
     from vllm import LLM, SamplingParams
 
     rng = random.Random(0)
-    llm = LLM(scenario["model"], dtype="float32", additional_config=dict(kvevict=scenario["kvevict"]), enforce_eager=True,
-              max_model_len=2048, max_num_batched_tokens=16384, skip_tokenizer_init=True, disable_log_stats=True,
+    llm = LLM(scenario["model"], dtype="float32", additional_config=dict(kvevict=scenario["kvevict"]),
+              enforce_eager=True, max_model_len=2048, max_num_batched_tokens=16384, skip_tokenizer_init=True, disable_log_stats=True,
               worker_extension_cls="vllm_trace.Trace", **scenario["engine"])  # fmt: skip
     llm.collective_rpc("chosen")  # begins
-    prompts = [[rng.randrange(1000, 40000) for _ in range(rng.randrange(300, 500))] for _ in range(scenario["requests"])]
+    prompts = [
+        [rng.randrange(1000, 40000) for _ in range(rng.randrange(300, 500))] for _ in range(scenario["requests"])
+    ]
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, detokenize=False)
     outputs = llm.generate([dict(prompt_token_ids=prompt) for prompt in prompts], params)
     return dict(tokens=[list(o.outputs[0].token_ids) for o in outputs], chosen=llm.collective_rpc("chosen"))

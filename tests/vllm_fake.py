@@ -45,7 +45,9 @@ def check(queries, most_queries, length, most_length):
 def varlen(q, k, v, out, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, softmax_scale, block_table,
            window_size=None, softcap=0.0, **_):  # fmt: skip
     starts = cu_seqlens_q.tolist()
-    check(max(b - a for a, b in zip(starts, starts[1:], strict=False)), max_seqlen_q, int(seqused_k.max()), max_seqlen_k)
+    check(
+        max(b - a for a, b in zip(starts, starts[1:], strict=False)), max_seqlen_q, int(seqused_k.max()), max_seqlen_k
+    )
     window = -1 if window_size is None else window_size[0]
     return attend(q, k, v, out, cu_seqlens_q, seqused_k, softmax_scale, block_table, window, softcap)
 

@@ -1,4 +1,4 @@
-"""What vLLM's workers are to tell: which slots every cut chose. As `worker_extension_cls`, in each of their processes."""
+"""What vLLM's workers are to tell, as `worker_extension_cls` in each of their processes: which slots every cut chose."""
 
 import hashlib
 

@@ -11,8 +11,8 @@ from kvevict.paged.ops import _check_scales, _paged
 class Cut:
     """Requests of a paged cache, each cut to a number of tokens of its own, towards its end: `kvevict.paged.tail`.
 
-    Tables, lengths and counts are the same for all layers: they are checked once, and a layer then costs two launches, or three
-    where its heads share a selection, however many requests there are.
+    Tables, lengths and counts are the same for all layers: they are checked once, and a layer then costs two launches,
+    three where its heads share a selection, however many requests there are.
     """
 
     def __init__(

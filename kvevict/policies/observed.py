@@ -17,8 +17,8 @@ class Observed:
     S cached tokens of B requests, H KV heads, Hq query heads.
     """
 
-    keys: Tensor | ops.Pages  # [B, H, S, D]
-    values: Tensor | ops.Pages | None = None  # [B, H, S, Dv]
+    keys: Tensor  # [B, H, S, D], or kvevict.ops.Pages, where those ops that the policy calls take them
+    values: Tensor | None = None  # [B, H, S, Dv], likewise
     queries: Tensor | None = None  # [B, Hq, W, D]: the last W of the sequence, as in kvevict.ops
     lse: Tensor | None = None  # [B, Hq, W] float32 of those queries, where attention has left it
     mass: Tensor | None = None  # [B, H, S] float32: attention that each token drew so far, mean over the group

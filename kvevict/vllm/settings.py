@@ -68,7 +68,7 @@ class Settings:
         if sink + recent > self.budget:
             raise ValueError(f"budget is {self.budget}: expected at least the {sink} + {recent} protected tokens")
 
-    def _protection(self) -> dict[str, int]:
+    def _protection(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("sink", "recent") if getattr(self, name) is not None}
 
     @property
@@ -137,9 +137,7 @@ class Settings:
             "no kv_transfer_config": config.kv_transfer_config is not None,
             "enable_dbo=False and ubatch_size=0": getattr(parallel, "use_ubatching", False),
             "kv_sharing_fast_prefill=False": getattr(config.cache_config, "kv_sharing_fast_prefill", False),
-            "a model whose images are no prefix of their own (their ranges go by slots, and kept tokens change theirs)": (
-                mm_prefix
-            ),
+            "a model whose images are no prefix of their own (their ranges go by slots, which change)": mm_prefix,
         }
         wrong = [expected for expected, found in reasons.items() if found]
         if wrong:

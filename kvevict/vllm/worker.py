@@ -276,9 +276,9 @@ class EvictingImpl(abc.ABC):
         """Move the tokens that the policy keeps to the ends of their requests, in the engine's memory. seen: all that a
         policy observes, but for keys and values."""
         keys, values = self.cache_views(kv_cache, layer)
-        observed = Observed(keys=pages(keys, requests.table), values=pages(values, requests.table), **seen)
-        scores = shared_scores(step, step.policy.scores(observed))
-        halves = (None, None)
+        paged: Any = dict(keys=pages(keys, requests.table), values=pages(values, requests.table))
+        scores = shared_scores(step, step.policy.scores(Observed(**paged, **seen)))
+        halves: Any = (None, None)
         if self._positions is not None:  # they move as the scales of rows do: a half of their bits for either
             halves = self._positions[..., None].view(torch.float16).unbind(-1)
         requests.cut.move(scores, keys, values, *halves)
