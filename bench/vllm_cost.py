@@ -1,4 +1,4 @@
-"""What eviction costs a vLLM worker, as its `worker_extension_cls`: CPU seconds of all threads, and those in eviction."""
+"""What eviction costs a vLLM worker, as its `worker_extension_cls`: CPU seconds of all threads, and of eviction."""
 
 import time
 

@@ -256,8 +256,8 @@ def traced(scenario):
 
     rng = random.Random(0)
     llm = LLM(scenario["model"], dtype="float32", additional_config=dict(kvevict=scenario["kvevict"]),
-              enforce_eager=True, max_model_len=2048, max_num_batched_tokens=16384, skip_tokenizer_init=True, disable_log_stats=True,
-              worker_extension_cls="vllm_trace.Trace", **scenario["engine"])  # fmt: skip
+              enforce_eager=True, max_model_len=2048, max_num_batched_tokens=16384, skip_tokenizer_init=True,
+              disable_log_stats=True, worker_extension_cls="vllm_trace.Trace", **scenario["engine"])  # fmt: skip
     llm.collective_rpc("chosen")  # begins
     prompts = [
         [rng.randrange(1000, 40000) for _ in range(rng.randrange(300, 500))] for _ in range(scenario["requests"])

@@ -1,4 +1,4 @@
-"""What vLLM's workers are to tell, as `worker_extension_cls` in each of their processes: which slots every cut chose."""
+"""What vLLM's workers are to tell, as `worker_extension_cls` in each of their processes: the slots of every cut."""
 
 import hashlib
 

@@ -104,9 +104,9 @@ class EvictingManager(FullAttentionManager):
         # A request is admitted when what it can hold at most fits, not its whole prompt.
         self.max_admission_blocks_per_request = kv_cache_spec.most_blocks(2**31)
         logger.info_once(
-            "kvevict evicts by %s in %d of %d layers: budget %d tokens, cut every %d; the first %d stay, the first %d "
-            "may come from the prefix cache. A request holds at most %d blocks of %d tokens, and is admitted when these "
-            "fit, or its prompt if that is shorter",
+            "kvevict evicts by %s in %d of %d layers: budget %d tokens, cut every %d; the first %d stay, the first "
+            "%d may come from the prefix cache. A request holds at most %d blocks of %d tokens, and is admitted when "
+            "these fit, or its prompt if that is shorter",
             kv_cache_spec.policy, kv_cache_spec.evicting, kv_cache_spec.layers, kv_cache_spec.budget,
             kv_cache_spec.granule, kv_cache_spec.prefix, kv_cache_spec.never_written,
             self.max_admission_blocks_per_request, kv_cache_spec.block_size,
