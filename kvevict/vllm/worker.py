@@ -98,6 +98,8 @@ class EvictingBuilder:
             owner = getattr(layer, "kv_sharing_target_layer_name", None) or name
             if owner in self.layer_names:
                 last[owner] = name
+        if not set(last.values()) <= set(self.layer_names):  # that layer's metadata is made by another builder
+            refuse("cannot evict from a cache that layers of unlike heads share: expected a model without such layers")
         return {name: extract_layer_index(owner) for owner, name in last.items()}
 
     @classmethod
@@ -163,35 +165,32 @@ class EvictingBuilder:
         """Known on the host without asking the device: lengths there are exact, as nothing is speculative."""
         spec, policy = self.kv_cache_spec, self._policy
         lengths = common.seq_lens_cpu_upper_bound
-        lengths = (common.seq_lens if lengths is None else lengths)[: len(table)].tolist()
-        starts = common.query_start_loc_cpu.tolist()
-        by_queries: dict[int, list[tuple[int, int, int, int]]] = {}
-        for row, length in enumerate(lengths):
-            new = starts[row + 1] - starts[row]
-            hidden, gone = spec.skip(length - new), spec.skip(length)
-            if new and gone > hidden:
-                queries = max(1, min(policy.window, new))  # so many the step has of this request
-                counts = row, length - hidden, length - gone - spec.prefix, starts[row + 1]
-                by_queries.setdefault(queries, []).append(counts)
-        return [self._cut(counts, table, queries) for queries, counts in by_queries.items()]
+        lengths = (common.seq_lens.cpu() if lengths is None else lengths)[: len(table)].long()
+        starts = common.query_start_loc_cpu.long()
+        new, ends = starts[1:] - starts[:-1], starts[1:]
+        hidden, gone = spec.skip(lengths - new), spec.skip(lengths)
+        rows = ((new > 0) & (gone > hidden)).nonzero()[:, 0]
+        queries = new[rows].clamp(max=max(policy.window, 1))  # so many the step has of each request
+        counts = torch.stack([rows, *((x[rows]) for x in (lengths - hidden, lengths - gone - spec.prefix, ends))])
+        return [self._cut(counts[:, queries == same], table, same) for same in queries.unique().tolist()]
 
-    def _cut(self, counts: list[tuple[int, int, int, int]], table: Tensor, queries: int) -> Requests:
-        """counts: row of the table, tokens held, tokens to keep behind the prefix, end of the queries."""
+    def _cut(self, counts: Tensor, table: Tensor, queries: int) -> Requests:
+        """counts, on the host: row of the table, tokens held, tokens to keep behind the prefix, end of the queries."""
         spec, policy, device = self.kv_cache_spec, self._policy, table.device
         size, prefix = spec.block_size, spec.prefix // spec.block_size
-        on_device = torch.tensor(counts).T.contiguous().to(device, non_blocking=True)
-        rows, held, keep, ends = on_device
-        blocks = table[rows, : cdiv(max(count[1] for count in counts), size)].contiguous()
+        _, held, kept, _ = counts
+        first, behind = (held - kept) // size, (held + size - 1) // size
+        written = behind - first
+        request = torch.arange(len(held)).repeat_interleave(written)
+        column = torch.arange(len(request)) - (written.cumsum(0) - written - first)[request]
+        request, column = (x.to(device, non_blocking=True) for x in (request, column))
+
+        most_blocks, most_kept = int(behind.max()), int(kept.max())
+        rows, held, kept, ends = counts.to(device, non_blocking=True)
+        blocks = table[rows, :most_blocks].contiguous()
         sink, recent = policy.protected
-        most = max(count[2] for count in counts)
-        cut = Cut(blocks[:, prefix:].contiguous(), held - spec.prefix, keep, most, size, sink=sink, recent=recent,
+        cut = Cut(blocks[:, prefix:].contiguous(), held - spec.prefix, kept, most_kept, size, sink=sink, recent=recent,
                   heads=policy.heads)  # fmt: skip
-        written = [
-            (i, column)
-            for i, (_, tokens, kept, _) in enumerate(counts)
-            for column in range((tokens - kept) // size, cdiv(tokens, size))
-        ]
-        request, column = torch.tensor(written).T.contiguous().to(device, non_blocking=True)
         index = ends[:, None] - queries + torch.arange(queries, device=device)
         return Requests(blocks, held.int(), index, cut, (request, column))
 
