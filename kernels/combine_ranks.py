@@ -1,6 +1,6 @@
 """A weighted sum of scores by rank: of each part, the share of a row's other tokens that score lower, ties halfway.
 
-Shapes: parts [B, H, S] float32, last dimension contiguous; out [B, H, S] float32. A score of -inf is no token: it
+Shapes: parts and out [B, H, S] float32, contiguous. A score of -inf is no token: it
 counts in no row, and is -inf in the sum; NaN is NaN and counts in no row either.
 Bytes per row and part: 4·S read once by each block of tokens, from L2 after the first; 4·S written once.
 Operations: S²·2 comparisons of a row and part, so many that a row of 1,000 takes as long as reading its keys, where a
@@ -36,7 +36,7 @@ def _rank(row_ptr, own, length, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["S", "H", "blocks"])
-def combine_ranks_kernel(parts, weights, strides, lengths, out_ptr, S, H, blocks, BLOCK: tl.constexpr):
+def combine_ranks_kernel(parts, weights, lengths, out_ptr, S, H, blocks, BLOCK: tl.constexpr):
     row = (tl.program_id(0) // blocks).to(tl.int64)
     b, h = row // H, row % H
     tokens = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -44,7 +44,7 @@ def combine_ranks_kernel(parts, weights, strides, lengths, out_ptr, S, H, blocks
     total = tl.zeros([BLOCK], tl.float32)
     absent = tl.zeros([BLOCK], tl.int1)
     for i in tl.static_range(len(parts)):
-        row_ptr = parts[i] + b * strides[2 * i] + h * strides[2 * i + 1]
+        row_ptr = parts[i] + row * S
         own = tl.load(row_ptr + tokens, mask=tokens < length, other=float("-inf"))
         rank = _rank(row_ptr, own, length, BLOCK)
         total += tl.where(own != own, float("nan"), rank * weights[i])
@@ -60,7 +60,8 @@ def combine_ranks(
     B, H, S = out.shape
     BLOCK = 64  # 64 · 64 comparisons at a time, 32 a thread
     blocks = cdiv(S, BLOCK)
-    strides = tuple(stride for part in parts for stride in part.stride()[:2])
+    # As every scorer gives them; of strides in a tuple Triton would compile a variant for each kind.
+    rows = tuple(part.contiguous() for part in parts)
     combine_ranks_kernel[(B * H * blocks,)](
-        tuple(parts), tuple(map(float, weights)), strides, per_row(lengths), out, S, H, blocks, BLOCK=BLOCK
+        rows, tuple(map(float, weights)), per_row(lengths), out, S, H, blocks, BLOCK=BLOCK
     )
