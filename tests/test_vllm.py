@@ -281,7 +281,8 @@ def test_other_backends_refuse(monkeypatch):
     ):
         refused.FLEX_ATTENTION.get_impl_cls()()
     assert refused.FLEX_ATTENTION is refused.FLEX_ATTENTION and refused.FLEX_ATTENTION.get_name() == "FLEX_ATTENTION"
-    assert issubclass(refused.MAMBA2.get_builder_cls(), object) and refused.TRITON_MLA.is_mla()
+    assert refused.MAMBA2.get_builder_cls().__name__ == "Builder" and refused.TRITON_MLA.is_mla()
+    assert refused.MAMBA2.full_cls_name() == ("kvevict.vllm.refused", "MAMBA2")
     with pytest.raises(AttributeError):
         _ = refused.CPU_ATTN
 

@@ -68,5 +68,6 @@ def __getattr__(name: str) -> Any:
             def get_builder_cls() -> type:
                 return _requiring(backend.get_builder_cls())
 
+    Backend.__name__ = Backend.__qualname__ = name  # vLLM tells classes apart by it
     globals()[name] = Backend  # one class however often it is asked for
     return Backend
