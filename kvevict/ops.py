@@ -42,6 +42,22 @@ class _Cache(NamedTuple):
         return (*custom_ops.cache_rows(self.keys, self.table), self.keys.shape[3])
 
 
+class Pages(NamedTuple):
+    """A paged cache in the place of keys or values [B, H, S, D], for the ops that say so: `kvevict.paged.pages`."""
+
+    rows: Tensor  # [num_blocks, H, block_size, D]
+    table: Tensor  # [B, columns] int32
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """B, H, S = columns · block_size, and D."""
+        return (*custom_ops.cache_rows(self.rows, self.table), self.rows.shape[3])
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+
 class Compacted(NamedTuple):
     """A compacted cache. With `inplace=True`, keys and values are views of the caller's storage."""
 
@@ -52,7 +68,7 @@ class Compacted(NamedTuple):
 
 
 def keydiff_scores(
-    keys: Tensor,
+    keys: Tensor | Pages,
     *,
     anchor: str | Tensor = "unit",
     lengths: Tensor | None = None,
@@ -70,7 +86,7 @@ def keydiff_scores(
     whatever the number of a GPU's multiprocessors. With "raw" the last bits of the sum depend on that.
 
     Args:
-        keys: [B, H, S, D], after RoPE.
+        keys: [B, H, S, D], after RoPE, or Pages.
         anchor: "unit", a = mean of k_i / ‖k_i‖ (the paper); "raw", a = mean of k_i; or a tensor [B, H, D].
         lengths: [B] or [B, H], see the module.
         inv_freq, positions: as in `kv_scores`: score the keys as they were before RoPE; with anchor="unit".
@@ -81,7 +97,7 @@ def keydiff_scores(
     Raises:
         TypeError, ValueError: see the module; values of `lengths` on a GPU are asserted on the device.
     """
-    return _keydiff(_dense(keys, lengths), anchor, inv_freq, positions)
+    return _keydiff(_cache(keys, lengths), anchor, inv_freq, positions)
 
 
 def anchor_sums(keys: Tensor, *, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -112,8 +128,8 @@ def anchor_mean(sums: Tensor, counts: Tensor) -> Tensor:
 
 
 def kv_scores(
-    keys: Tensor,
-    values: Tensor,
+    keys: Tensor | Pages,
+    values: Tensor | Pages,
     weights: Tensor,
     *,
     inv_freq: Tensor,
@@ -129,7 +145,7 @@ def kv_scores(
     not in float32, scores NaN, which ranks last, and is not in the mean.
 
     Args:
-        keys, values: [B, H, S, D], [B, H, S, Dv], keys after RoPE.
+        keys, values: [B, H, S, D], [B, H, S, Dv], keys after RoPE; or Pages.
         weights: [H, D + Dv + 4] float32, or [B, H, D + Dv + 4]: of k, v, the two logarithms, the cosine, and the
             constant.
         inv_freq: [R/2] float32, R ≤ D: the angle in radians by which a position turns elements j and j + R/2, as in
@@ -145,18 +161,18 @@ def kv_scores(
         TypeError, ValueError: see the module.
     """
     validate.flag("return_keydiff", return_keydiff)
-    fitted, keydiff = _kv_scores(_dense(keys, lengths, values), weights, inv_freq, positions, return_keydiff)
+    fitted, keydiff = _kv_scores(_cache(keys, lengths, values), weights, inv_freq, positions, return_keydiff)
     return (fitted, keydiff) if return_keydiff else fitted
 
 
-def key_norm_scores(keys: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+def key_norm_scores(keys: Tensor | Pages, *, lengths: Tensor | None = None) -> Tensor:
     """KeyNorm scores -‖k_i‖: keys of small norm draw attention. Devoto et al. (arXiv 2406.11430), section 3.
 
     Arguments, result and errors as `keydiff_scores`.
     """
-    cache = _dense(keys, lengths)
+    cache = _cache(keys, lengths)
     out = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
-    torch.ops.kvevict.key_norm_scores(cache.keys, cache.lengths, out)
+    torch.ops.kvevict.key_norm_scores(cache.keys, cache.lengths, out, cache.table)
     return out
 
 
@@ -248,7 +264,7 @@ def attention_lse(
 
 def attention_mass(
     queries: Tensor,
-    keys: Tensor,
+    keys: Tensor | Pages,
     *,
     scale: float | None = None,
     lse: Tensor | None = None,
@@ -266,7 +282,7 @@ def attention_mass(
 
     Args:
         queries: [B, Hq, W, D], the last W of the sequence.
-        keys: [B, H, S, D], after RoPE.
+        keys: [B, H, S, D], after RoPE, or Pages.
         scale: of the logits; None is 1/√D.
         lse: [B, Hq, W] float32, rows contiguous: what flash attention returned. None computes it in a first pass.
         causal: a query sees no key behind its own token.
@@ -286,7 +302,7 @@ def attention_mass(
         TypeError, ValueError: as `attention_lse`; also normalize="count" with reduce="max", min_distance without
             causal.
     """
-    return _mass(_dense(keys, lengths), queries, scale, lse, causal, reduce, normalize, min_distance)
+    return _mass(_cache(keys, lengths), queries, scale, lse, causal, reduce, normalize, min_distance)
 
 
 def attention_peaks(
@@ -436,7 +452,9 @@ def pool_scores(scores: Tensor, kernel_size: int, mode: str = "avg") -> Tensor:
     return _pool(scores, kernel_size, mode)
 
 
-def combine_scores(parts: Sequence[tuple[float, Tensor]], *, scale: str = "rank") -> Tensor:
+def combine_scores(
+    parts: Sequence[tuple[float, Tensor]], *, scale: str = "rank", lengths: Tensor | None = None
+) -> Tensor:
     """A weighted sum of scores, after putting each on one scale per row: raw sums of unlike scales mean nothing.
 
     Args:
@@ -444,6 +462,7 @@ def combine_scores(parts: Sequence[tuple[float, Tensor]], *, scale: str = "rank"
         scale: "rank": the share of a row's other tokens that score lower, ties halfway, in [0, 1]; "minmax": linear
             from a row's least score, 0, to its greatest, 1; "l2": over the row's Euclidean norm. Only "rank" tells +inf
             from a row's greatest finite score: for the others it is one more of those, so that it flattens nothing.
+        lengths: [B] or [B, H], see the module; without them, a score of -inf says that there is no token.
 
     Returns:
         [B, H, S] float32; -inf where a part is -inf (no token), NaN where one is NaN; neither counts in a row's scale.
@@ -451,39 +470,37 @@ def combine_scores(parts: Sequence[tuple[float, Tensor]], *, scale: str = "rank"
     Raises:
         TypeError, ValueError: no parts, unlike shapes or devices, weights that are no finite numbers, unknown scale.
     """
-    validate.one_of("scale", scale, tuple(_SCALES))
+    validate.one_of("scale", scale, (_RANK, *_SCALES))
     if not isinstance(parts, Sequence) or not parts:
         raise ValueError(f"parts is {parts!r}: expected at least one pair (weight, scores)")
-    total: Tensor | None = None
-    absent: Tensor | None = None
+    weights, rows = [], []
     for i, part in enumerate(parts):
         if not isinstance(part, Sequence) or len(part) != 2:
             raise TypeError(f"parts[{i}] is {type(part).__name__}: expected a pair (weight, scores)")
         weight, scores = part
-        weight = validate.number(f"parts[{i}] weight", weight)
-        scores = validate.scores(scores, f"parts[{i}] scores")
-        if total is not None and (scores.shape != total.shape or scores.device != total.device):
+        weights.append(validate.number(f"parts[{i}] weight", weight))
+        rows.append(validate.scores(scores, f"parts[{i}] scores"))
+        if scores.shape != rows[0].shape or scores.device != rows[0].device:
             raise ValueError(
                 f"parts[{i}] scores has shape {tuple(scores.shape)} on {scores.device}: expected "
-                f"{tuple(total.shape)} on {total.device}, as parts[0] has"
+                f"{tuple(rows[0].shape)} on {rows[0].device}, as parts[0] has"
             )
+    B, H, S = rows[0].shape
+    lengths = None if lengths is None else validate.lengths(lengths, B, H, rows[0])
+    if scale == _RANK:
+        out = torch.empty((B, H, S), dtype=torch.float32, device=rows[0].device)
+        torch.ops.kvevict.combine_ranks(rows, weights, lengths, out)
+        return out
+    if lengths is not None:
+        beyond = torch.arange(S, device=lengths.device) >= lengths.view(B, -1, 1)
+        rows = [scores.masked_fill(beyond, float("-inf")) for scores in rows]
+    total, absent = torch.zeros_like(rows[0]), torch.zeros_like(rows[0], dtype=torch.bool)
+    for weight, scores in zip(weights, rows, strict=True):
         no_token = scores == float("-inf")
         spoiled = scores.isnan()
-        scaled = _SCALES[scale](scores, ~(no_token | spoiled)).masked_fill(spoiled, float("nan")) * weight
-        total = scaled if total is None else total + scaled
-        absent = no_token if absent is None else absent | no_token
-    assert total is not None and absent is not None
+        scaled = _SCALES[scale](scores, ~(no_token | spoiled)).masked_fill(spoiled, float("nan"))
+        total, absent = total + scaled * weight, absent | no_token
     return total.masked_fill(absent, float("-inf"))
-
-
-def _rank(scores: Tensor, present: Tensor) -> Tensor:
-    scores = scores.masked_fill(~present, float("-inf")).contiguous()
-    in_order = scores.sort(dim=-1)[0]
-    lower = torch.searchsorted(in_order, scores)
-    not_higher = torch.searchsorted(in_order, scores, right=True)
-    absent = (~present).sum(-1, keepdim=True)
-    others = (scores.shape[-1] - absent - 1).clamp(min=1)
-    return (lower + not_higher - 1 - 2 * absent).float() / (2 * others)
 
 
 def _minmax(scores: Tensor, present: Tensor) -> Tensor:
@@ -507,7 +524,7 @@ def _without_infinity(scores: Tensor, present: Tensor) -> Tensor:
     return torch.where(infinite, most.masked_fill(most == float("-inf"), 0.0), scores)
 
 
-_SCALES = {"rank": _rank, "minmax": _minmax, "l2": _l2}
+_RANK, _SCALES = "rank", {"minmax": _minmax, "l2": _l2}
 
 
 def evict_slots(
@@ -669,6 +686,21 @@ def attention_compact(
     if pool is not None:
         scores = _pool(scores, pool, "avg")
     return _select_and_compact(cache, scores, n, kept, sink, recent, heads, floor, inplace, preserve_order)
+
+
+def _cache(keys: Tensor | Pages, lengths: Tensor | None, values: Tensor | Pages | None = None) -> _Cache:
+    """A dense or paged cache, checked."""
+    if not isinstance(keys, Pages):
+        return _dense(keys, lengths, values)  # type: ignore[arg-type]
+    if values is None:
+        values = keys
+    elif not isinstance(values, Pages) or values.table is not keys.table:
+        raise TypeError(
+            f"values is {type(values).__name__}: expected Pages under the table of keys, as these are Pages"
+        )
+    validate.cache("values", values.rows, validate.FLOAT_DTYPES, keys.rows)
+    B, H, _, _ = keys.shape
+    return _Cache(keys.rows, values.rows, keys.table, validate.lengths(lengths, B, H, keys.rows))
 
 
 def _dense(keys: Tensor, lengths: Tensor | None, values: Tensor | None = None, dtypes=validate.FLOAT_DTYPES) -> _Cache:
@@ -909,7 +941,7 @@ def _topk(
 
 def _topk_move(cache: _Cache, scores, n: int, kept, sink: int, recent: int, heads: str, *where) -> Tensor:
     """Select and move in order, in place, in one op: the selection clears the move's flags. where: from_end, scales."""
-    B, H, _ = scores.shape
+    B, H, _, _ = cache.shape
     indices = torch.empty((B, 1 if heads == "shared" else H, n), dtype=torch.int64, device=scores.device)
     torch.ops.kvevict.topk_move(
         scores,

@@ -70,6 +70,9 @@ def launch_select(S):
         backend.topk_indices(torch.empty(2, 4, S), extra, 1, 1, shared, extra, out)
     backend.evict_slots(torch.empty(2, 4, S), 0, 0, None, torch.empty(2, 4, 1, dtype=torch.int64))
     backend.pool_scores(torch.empty(2, 4, S), 5, True, torch.empty(2, 4, S))
+    if S <= 8192:
+        backend.combine_ranks([torch.empty(2, 4, S)] * 2, [0.5, 0.5], lengths.int(), torch.empty(2, 4, S))
+    backend.topk_indices(torch.empty(2, 4, S), lengths, 1, 1, False, lengths, torch.empty(2, 4, n).long(), None, True)
 
 
 def launch_select_many(S):

@@ -360,6 +360,7 @@ def test_opcheck():
             ),
         ),
         (ops.pool_scores.default, (scores, 5, True, torch.zeros_like(scores))),
+        (ops.combine_ranks.default, ([scores, scores.clone()], [0.5, 2.0], lengths, torch.zeros_like(scores))),
         (ops.evict_slots.default, (scores, 1, 1, lengths, torch.zeros_like(indices)[:, :, :3].contiguous())),
         (
             ops.copy_rows.default,

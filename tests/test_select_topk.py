@@ -283,8 +283,8 @@ def test_promises(data):
 
 
 def test_runs_fill_the_device_and_fit_on_it():
-    """All programs of a launch that meets must be on the device at once, 128 registers a thread; and half of it at least
-    has work, unless a row has as many runs as it can have."""
+    """All programs of a launch that meets must be on the device at once, 128 registers a thread; and half of it has
+    work, unless a row has as many runs as it can have."""
     for rows in range(1, 133):
         for tokens in (8193, 16384, 40000, 1 << 20):
             config = select_config(rows, tokens, 132)

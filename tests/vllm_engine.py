@@ -34,6 +34,63 @@ def facts(count, tokenizer, text, tokens=1000):
     return prompts, answers
 
 
+def views(impl, kv_cache, layer):
+    """K and V as views [num_blocks, block_size, kv_heads, head_dim] of the engine's memory, in any layout of it."""
+    if type(impl).__name__ != "EvictingCPUImpl":
+        return impl.cache_views(kv_cache, layer)
+    blocks, heads, size, width = kv_cache.shape
+    keys, values = kv_cache.view(blocks, heads, 2 * size, width // 2).chunk(2, dim=2)
+    keys = keys.as_strided((blocks, size, heads, width // 2), (keys.stride(0), 1, keys.stride(1), size))
+    return keys, values.transpose(1, 2)
+
+
+class Checked:
+    """Every cut of every layer against the policy's choice for each request alone, gathered token by token."""
+
+    def __init__(self):
+        from kvevict.vllm.cpu import EvictingCPUImpl
+        from kvevict.vllm.worker import EvictingImpl
+
+        self.requests, self.chosen, self.queries = 0, [], Counter()
+        for of in (EvictingCPUImpl, EvictingImpl):
+            of.cut = self.checked(of.cut)
+
+    def checked(self, cut):
+        import torch
+
+        from kvevict.policies import Observed
+
+        def checked(impl, step, requests, seen, layer, kv_cache):
+            caches = views(impl, kv_cache, layer)
+            size, policy = caches[0].shape[1], step.policy
+            expected = []
+            for j, length in enumerate(requests.lengths.tolist()):
+                slots = torch.arange(length)
+                places = requests.table[j, slots // size].long(), slots % size
+                keys, values = (cache[places].transpose(0, 1)[None].contiguous() for cache in caches)
+                alone = {name: seen[name][j : j + 1] for name in ("queries", "positions") if seen[name] is not None}
+                if "positions" in alone:
+                    alone["positions"] = alone["positions"][..., :length]
+                observed = Observed(keys=keys, values=values, **alone, scale=seen["scale"], layer=seen["layer"])
+                scores, kept = policy.scores(observed)[..., step.prefix :], int(requests.cut.kept[j])
+                index = step.prefix + policy.choose(scores.contiguous(), kept)
+                self.chosen.append(index[0].tolist())
+                where = tuple(place[length - kept :] for place in places)
+                moved = [x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))[0].transpose(0, 1) for x in
+                         (keys, values)]  # fmt: skip
+                still = tuple(place[: step.prefix] for place in places)
+                expected.append((where, moved, still, [cache[still].clone() for cache in caches]))
+                self.queries[requests.queries.shape[1]] += 1
+            cut(impl, step, requests, seen, layer, kv_cache)
+            for where, moved, still, before in expected:
+                for cache, rows, prefix in zip(caches, moved, before, strict=True):
+                    assert torch.equal(cache[where], rows), "a request is not cut as it is alone"
+                    assert torch.equal(cache[still], prefix), "the prefix has changed"
+            self.requests += len(expected)
+
+        return checked
+
+
 class Watched:
     """An engine whose block pool is checked after every step."""
 
@@ -42,6 +99,13 @@ class Watched:
 
         from kvevict import models
 
+        self.fake = None
+        if scenario.get("fake"):
+            import vllm_fake
+
+            self.fake = vllm_fake
+            vllm_fake.use(**scenario["fake"])
+        self.checked = Checked() if scenario.get("checked") else None
         tiny = "model" in scenario  # where tests/vllm_tiny.py saved one
         folder = scenario["model"] if tiny else models.fetch_smollm2()
         options = dict(max_model_len=2048, max_num_batched_tokens=512, enable_prefix_caching=False, enforce_eager=True,
@@ -70,10 +134,11 @@ class Watched:
         self.engine.add_request(name, dict(prompt_token_ids=prompt), params)
 
     def held(self):
-        """Blocks of every request, without null blocks."""
-        (manager,) = self.manager.coordinator.single_type_managers
+        """Blocks of every manager and request, without null blocks."""
         null = self.pool.null_block
-        return {name: [b.block_id for b in blocks if b is not null] for name, blocks in manager.req_to_blocks.items()}
+        return {(i, name): [b.block_id for b in blocks if b is not null]
+                for i, manager in enumerate(self.manager.coordinator.single_type_managers)
+                for name, blocks in manager.req_to_blocks.items()}  # fmt: skip
 
     def step(self):
         outputs = self.engine.step()
@@ -81,18 +146,24 @@ class Watched:
         counted = {b.block_id: b.ref_cnt for b in self.pool.blocks if b.ref_cnt and b is not self.pool.null_block}
         assert counted == held, "a block's references are not its holders"
         assert len(held) + self.pool.get_num_free_blocks() == self.total, "a block is lost"
-        (manager,) = self.manager.coordinator.single_type_managers
-        first = getattr(manager.kv_cache_spec, "never_written", 2**31) // manager.block_size
-        for blocks in manager.req_to_blocks.values():
-            assert all(b.is_null or b.ref_cnt == 1 for b in blocks[first:]), "a block that is written is shared"
-            assert all(b.is_null or b.block_hash is None for b in blocks[first:]), "a block that is written is cached"
+        for manager in self.manager.coordinator.single_type_managers:
+            if (never_written := getattr(manager.kv_cache_spec, "never_written", None)) is None:
+                continue
+            first = never_written // manager.block_size
+            for blocks in manager.req_to_blocks.values():
+                written = [b for b in blocks[first:] if not b.is_null]
+                assert all(b.ref_cnt == 1 for b in written), "a block that is written is shared"
+                assert all(b.block_hash is None for b in written), "a block that is written is cached"
         self.most_used = max(self.most_used, len(held))
         self.most_running = max(self.most_running, len(self.scheduler.running))
         return outputs
 
     def result(self):
+        checked = dict(cuts=self.checked.requests, queries=self.checked.queries) if self.checked else {}
+        if self.fake:
+            checked["wrong"] = self.fake.WRONG
         return dict(preempted=self.preempted, most_used=self.most_used, most_running=self.most_running,
-                    total=self.total, free=self.pool.get_num_free_blocks())  # fmt: skip
+                    total=self.total, free=self.pool.get_num_free_blocks(), **checked)  # fmt: skip
 
 
 def answer(scenario):
@@ -114,13 +185,28 @@ def answer(scenario):
     return dict(tokens=[list(o.token_ids) for o in outputs], hits=hits, **watched.result())
 
 
+def outgrow(scenario):
+    """Random prompts of one length, added at once, and their answers' lengths."""
+    watched, rng = Watched(scenario), random.Random(0)
+    for i in range(scenario["requests"]):
+        watched.add(str(i), [rng.randrange(1000, 40000) for _ in range(scenario["tokens"])], scenario["new"])
+    said = {}
+    while watched.engine.has_unfinished_requests():
+        for output in watched.step():
+            if output.finished:
+                said[output.request_id] = len(output.outputs[0].token_ids)
+    return dict(lengths=[said[str(i)] for i in range(scenario["requests"])], **watched.result())
+
+
 def churn(scenario):
     """So many random steps: requests of all lengths come, are aborted, and finish."""
     watched, rng = Watched(scenario), random.Random(0)
     alive, added, aborted, finished = set(), 0, 0, 0
+    common = [rng.randrange(1000, 40000) for _ in range(300)]
     for _ in range(scenario["steps"]):
         if len(alive) < 10 and rng.random() < 0.3:
-            prompt = [rng.randrange(1000, 40000) for _ in range(rng.choice([1, 30, 127, 128, 129, 300, 500, 900]))]
+            length = rng.choice([1, 30, 127, 128, 129, 300, 500, 900])
+            prompt = (common[: rng.choice([0, 300])] + [rng.randrange(1000, 40000) for _ in range(length)])[:length]
             watched.add(str(added), prompt, rng.randint(1, 80))
             alive.add(str(added))
             added += 1
@@ -142,7 +228,7 @@ def churn(scenario):
 
 def waves(scenario):
     """32 requests in waves of 8: 4 prefixes of 300 tokens, tails of their own. What each says, and tokens scheduled."""
-    watched, rng = Watched(scenario), random.Random(0)
+    watched, rng, requests = Watched(scenario), random.Random(0), scenario.get("requests", 32)
     prefixes = [[rng.randrange(1000, 40000) for _ in range(300)] for _ in range(4)]
     schedule, scheduled, said = watched.scheduler.schedule, 0, {}
 
@@ -153,15 +239,32 @@ def waves(scenario):
         return output
 
     watched.scheduler.schedule = counting
-    for wave in range(4):
-        for i in range(8):
+    for first in range(0, requests, 8):
+        for i in range(first, min(first + 8, requests)):
             tail = [rng.randrange(1000, 40000) for _ in range(rng.randrange(1, 200))]
-            watched.add(str(8 * wave + i), prefixes[i % 4] + tail, 12)
+            watched.add(str(i), prefixes[i % 4] + tail, 12)
         while watched.engine.has_unfinished_requests():
             for output in watched.step():
                 if output.finished:
                     said[output.request_id] = list(output.outputs[0].token_ids)
-    return dict(tokens=[said[str(i)] for i in range(32)], scheduled=scheduled, **watched.result())
+    return dict(tokens=[said[str(i)] for i in range(requests)], scheduled=scheduled, **watched.result())
+
+
+def traced(scenario):
+    """Prompts of 300 to 500 tokens, read whole: what is said, and which slots every cut chose, by rank and head."""
+    from vllm import LLM, SamplingParams
+
+    rng = random.Random(0)
+    llm = LLM(scenario["model"], dtype="float32", additional_config=dict(kvevict=scenario["kvevict"]),
+              enforce_eager=True, max_model_len=2048, max_num_batched_tokens=16384, skip_tokenizer_init=True,
+              disable_log_stats=True, worker_extension_cls="vllm_trace.Trace", **scenario["engine"])  # fmt: skip
+    llm.collective_rpc("chosen")  # begins
+    prompts = [
+        [rng.randrange(1000, 40000) for _ in range(rng.randrange(300, 500))] for _ in range(scenario["requests"])
+    ]
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([dict(prompt_token_ids=prompt) for prompt in prompts], params)
+    return dict(tokens=[list(o.outputs[0].token_ids) for o in outputs], chosen=llm.collective_rpc("chosen"))
 
 
 def evicting_cache(scenario):
@@ -189,5 +292,5 @@ def evicting_cache(scenario):
 
 if __name__ == "__main__":
     scenario = json.loads(sys.argv[1])
-    kinds = dict(answer=answer, churn=churn, waves=waves, evicting_cache=evicting_cache)
+    kinds = dict(answer=answer, outgrow=outgrow, churn=churn, waves=waves, traced=traced, evicting_cache=evicting_cache)
     print(json.dumps(kinds[scenario.get("kind", "answer")](scenario)))

@@ -15,6 +15,9 @@ SHAPES = {
     # The CPU engine stores keys of this head size otherwise ("vec16").
     "llama80": ("LlamaConfig", dict(hidden_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                                     head_dim=80)),
+    # No layer has full attention.
+    "sliding": ("MistralConfig", dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, head_dim=32, sliding_window=128)),
     # The last layers share the cache of an earlier one.
     "gemma3n": ("Gemma3nTextConfig", dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4,
                                           num_key_value_heads=2, head_dim=32, layer_types=HALF * 3,

@@ -6,7 +6,7 @@ keeps), or None. Selection takes both as [B, H] as well: each head has its own.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ __all__ = [
     "attention_mass",
     "attention_peaks",
     "check_rows",
+    "combine_ranks",
     "copy_rows",
     "count_digits",
     "decode_attention",
@@ -395,6 +396,24 @@ def pool_scores(scores: Tensor, kernel_size: int, average: bool, out: Tensor) ->
     out.copy_(pooled.masked_fill(padding, float("-inf")))
 
 
+def combine_ranks(parts: Sequence[Tensor], weights: Sequence[float], lengths: Tensor | None, out: Tensor) -> None:
+    """Σ weight · rank, the share of a row's other tokens that score lower, ties halfway. -inf and what lies beyond a
+    row are no tokens; they and NaN count in no row. Where a part has either so has the sum, -inf before NaN."""
+    out.zero_()
+    absent = beyond = ~_inside(out.shape[2], lengths, out.device).expand(out.shape)
+    for weight, scores in zip(weights, parts, strict=True):
+        no_token = beyond | (scores == float("-inf"))
+        counts = ~(no_token | scores.isnan())
+        absent = absent | no_token
+        rows = scores.masked_fill(~counts, float("-inf")).contiguous()
+        in_order, others = rows.sort(dim=-1)[0], (counts.sum(-1, keepdim=True) - 1).clamp(min=1)
+        without = (~counts).sum(-1, keepdim=True)
+        lower, not_higher = (torch.searchsorted(in_order, rows, right=right) - without for right in (False, True))
+        rank = (lower + not_higher - 1).float() / (2 * others)
+        out.add_(rank.masked_fill(scores.isnan(), float("nan")) * weight)
+    out.masked_fill_(absent, float("-inf"))
+
+
 def _per_head(counts: Tensor | None, default: int, scores: Tensor) -> Tensor:
     """[B, H, 1] int64: counts [B] or [B, H], or the same for all."""
     B, H, _ = scores.shape
@@ -412,9 +431,10 @@ def topk_indices(
     lengths: Tensor | None,
     out: Tensor,
     clear: Tensor | None = None,
+    from_end: bool = False,
 ) -> None:
-    """Per row: the protected tokens, then the best scores, ties to the lower index; written in ascending order.
-    `clear` is zeroed: a kernel does that along the way."""
+    """Per row: the protected tokens, then the best scores, ties to the lower index; written in ascending order, or as
+    `slots_from_end` counts them. `clear` is zeroed: a kernel does that along the way."""
     if clear is not None:
         clear.zero_()
     if shared:  # added in head order: float32 sums depend on it
@@ -438,6 +458,8 @@ def topk_indices(
 
     chosen = order[..., :n].masked_fill(torch.arange(n, device=scores.device) >= kept, S).sort(-1)[0]
     out.copy_(chosen.masked_fill(chosen == S, -1))
+    if from_end:
+        slots_from_end(out.clone(), lengths[..., 0], out)
 
 
 def _best_first(row: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The Triton backend: the launchers of kvevict.kernels under the interface's names."""
 
 from kvevict.kernels.check_rows import check_rows
+from kvevict.kernels.combine_ranks import combine_ranks
 from kvevict.kernels.compact_kv import copy_rows, fill_holes, move_flags, move_rows, slots_from_end
 from kvevict.kernels.count_rows import keep_counts, left_blocks
 from kvevict.kernels.decode_attention import decode_attention
@@ -21,6 +22,7 @@ __all__ = [
     "attention_mass",
     "attention_peaks",
     "check_rows",
+    "combine_ranks",
     "copy_rows",
     "count_digits",
     "decode_attention",

@@ -1,6 +1,7 @@
 """Paged caches, as serving engines keep them: the ops on a block table, and a small pool where there is no engine."""
 
 from kvevict.paged.blocks import PagedRows, compact_to_pages
+from kvevict.paged.cut import Cut
 from kvevict.paged.ops import (
     PagedCompacted,
     paged_attention_mass,
@@ -9,10 +10,12 @@ from kvevict.paged.ops import (
     paged_keydiff_compact,
     paged_kv_scores,
     paged_scores,
+    pages,
 )
 from kvevict.paged.pool import PagedPool, PoolExhausted, PoolStatistics
 
 __all__ = [
+    "Cut",
     "PagedCompacted",
     "PagedPool",
     "PagedRows",
@@ -25,4 +28,5 @@ __all__ = [
     "paged_keydiff_compact",
     "paged_kv_scores",
     "paged_scores",
+    "pages",
 ]

@@ -36,6 +36,19 @@ def _heads_first(name: str, cache: Tensor, dtypes, like: Tensor | None = None) -
     return validate.cache(name, cache.transpose(1, 2), dtypes, like)
 
 
+def pages(cache: Tensor, block_tables: Tensor) -> ops.Pages:
+    """A paged cache where `kvevict.ops` and the policies take keys or values, for those ops that say so.
+
+    Args:
+        cache, block_tables: see the module.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes or strides.
+    """
+    rows = _heads_first("cache", cache, validate.FLOAT_DTYPES)
+    return ops.Pages(rows, validate.block_tables(block_tables, rows.shape[1], rows))
+
+
 def _paged(
     key_cache: Tensor,
     block_tables: Tensor,

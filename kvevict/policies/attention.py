@@ -102,12 +102,12 @@ class SnapKV(WeighsValues):
             return mass.masked_fill(in_window, float("-inf"))  # for pooling: no token here
 
         if self.variant == "kvpress":  # an average over the group commutes with one over neighbours
-            mass = ops.attention_mass(queries, keys, lengths=seen.lengths)
+            mass = ops.attention_mass(queries, keys, lengths=seen.lengths, scale=seen.scale)
             return ops.pool_scores(before_window(mass), 5)
         heads = queries.unflatten(1, (H, -1))
         total = torch.zeros(keys.shape[:3], device=keys.device)
         for g in range(heads.shape[2]):  # a maximum does not: each query head is pooled before the mean
-            mass = ops.attention_mass(heads[:, :, g], keys, lengths=seen.lengths)
+            mass = ops.attention_mass(heads[:, :, g], keys, lengths=seen.lengths, scale=seen.scale)
             total = total + ops.pool_scores(before_window(mass), 7, "max")
         return total / heads.shape[2]
 
@@ -131,4 +131,4 @@ class TOVA(Policy):
         return self.sink, max(self.recent, 1)
 
     def scores(self, seen: Observed) -> Tensor:
-        return ops.attention_mass(seen.last_queries(1), seen.keys, lengths=seen.lengths)
+        return ops.attention_mass(seen.last_queries(1), seen.keys, lengths=seen.lengths, scale=seen.scale)

@@ -44,9 +44,13 @@ class DefensiveKV(WeighsValues):
     def scores(self, seen: Observed) -> Tensor:
         queries, keys = seen.last_queries(self.window), seen.keys
         before = ~windowed(seen, queries).expand(keys.shape[:3])
-        lse = ops.attention_lse(queries, keys, lengths=seen.lengths)
-        mean = ops.attention_mass(queries, keys, lse=lse, lengths=seen.lengths).masked_fill(~before, 0.0)
-        most = ops.attention_peaks(queries, keys, POOL, lse=lse, lengths=seen.lengths).masked_fill(~before, 0.0)
+        lse = ops.attention_lse(queries, keys, lengths=seen.lengths, scale=seen.scale)
+        mean = ops.attention_mass(queries, keys, lse=lse, lengths=seen.lengths, scale=seen.scale).masked_fill(
+            ~before, 0.0
+        )
+        most = ops.attention_peaks(queries, keys, POOL, lse=lse, lengths=seen.lengths, scale=seen.scale).masked_fill(
+            ~before, 0.0
+        )
         scores = torch.maximum(most, most.sum(-1, keepdim=True) / before.sum(-1, keepdim=True).clamp(min=1))
         if self.value_norms is not None:
             norms = self.norms(seen).masked_fill(~before, 0.0)

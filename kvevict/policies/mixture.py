@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from kvevict import ops, validate
@@ -79,6 +78,5 @@ class Hybrid(Policy):
         return max(policy.window for _, policy in self.parts)
 
     def scores(self, seen: Observed) -> Tensor:
-        padding = torch.as_tensor(seen.padding(), device=seen.keys.device)  # does not count in a row's scale
-        scored = [(w, policy.scores(seen).masked_fill(padding, float("-inf"))) for w, policy in self.parts]
-        return ops.combine_scores(scored, scale=self.scale)
+        scored = [(weight, policy.scores(seen)) for weight, policy in self.parts]
+        return ops.combine_scores(scored, scale=self.scale, lengths=seen.lengths)

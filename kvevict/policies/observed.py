@@ -17,8 +17,8 @@ class Observed:
     S cached tokens of B requests, H KV heads, Hq query heads.
     """
 
-    keys: Tensor  # [B, H, S, D]
-    values: Tensor | None = None  # [B, H, S, Dv]
+    keys: Tensor  # [B, H, S, D], or kvevict.ops.Pages, where those ops that the policy calls take them
+    values: Tensor | None = None  # [B, H, S, Dv], likewise
     queries: Tensor | None = None  # [B, Hq, W, D]: the last W of the sequence, as in kvevict.ops
     lse: Tensor | None = None  # [B, Hq, W] float32 of those queries, where attention has left it
     mass: Tensor | None = None  # [B, H, S] float32: attention that each token drew so far, mean over the group
@@ -29,6 +29,7 @@ class Observed:
     positions: Tensor | None = None  # [B, H, S] int64: position in the sequence; None: 0 to S - 1
     tokens_seen: Tensor | None = None  # [B] int64: length of the sequence so far; None: S
     lengths: Tensor | None = None  # [B]: valid tokens of each request, or [B, H]: of each of its heads
+    scale: float | None = None  # of the layer's attention logits; None: 1/√D
     layer: int = 0
 
     def order(self) -> Tensor:
@@ -61,8 +62,9 @@ class Observed:
         if self.mass is not None or self.queries is None or self.queries.shape[2] < self.keys.shape[2]:
             return self
         mass = ops.attention_mass(
-            self.queries, self.keys, lse=self.lse, reduce=reduce, min_distance=min_distance, lengths=self.lengths
-        )
+            self.queries, self.keys, lse=self.lse, reduce=reduce, min_distance=min_distance, lengths=self.lengths,
+            scale=self.scale,
+        )  # fmt: skip
         group = self.queries.shape[1] // self.keys.shape[1] if reduce == "sum" else 1
         return replace(self, mass=mass / group)
 
@@ -72,7 +74,7 @@ class Observed:
         assert queries is not None
         W = queries.shape[2]
         count = min(count, W, self.keys.shape[2])
-        if self.lengths is None:
+        if self.lengths is None or count == W:
             return queries[:, :, W - count :]
         # A request shorter than W has its queries in front; one shorter than `count` keeps padding behind them.
         lengths = self.lengths if self.lengths.ndim == 1 else self.lengths.amax(1)

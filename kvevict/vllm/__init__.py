@@ -8,16 +8,20 @@ JSON in the environment variable KVEVICT_VLLM. docs/vllm.md has the design, the 
 def register() -> None:
     """vLLM calls this in each of its processes (entry point vllm.general_plugins): where to find our attention
     backends, which do nothing of their own where nothing is configured, and who manages the blocks of our layers."""
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, MambaAttentionBackendEnum, register_backend
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+    from kvevict.vllm import refused
     from kvevict.vllm.manager import EvictingManager, EvictingSpec
-    from kvevict.vllm.refused import NAMES
 
     register_backend(AttentionBackendEnum.CPU_ATTN, "kvevict.vllm.cpu.EvictingCPUBackend")
     register_backend(AttentionBackendEnum.FLASH_ATTN, "kvevict.vllm.flash.EvictingFlashBackend")
-    for name in NAMES:
+    register_backend(AttentionBackendEnum.TRITON_ATTN, "kvevict.vllm.triton.EvictingTritonBackend")
+    register_backend(AttentionBackendEnum.FLASHINFER, "kvevict.vllm.flashinfer.EvictingFlashInferBackend")
+    for name in refused.REFUSED + refused.LEFT_ALONE:
         register_backend(AttentionBackendEnum[name], f"kvevict.vllm.refused.{name}")
+    for name in refused.MAMBA:
+        register_backend(MambaAttentionBackendEnum[name], f"kvevict.vllm.refused.{name}", is_mamba=True)
     KVCacheSpecRegistry._ensure_registered()  # a first registration would keep vLLM from making its own
     KVCacheSpecRegistry.register(EvictingSpec, EvictingManager, uniform_type_base_spec=FullAttentionSpec)

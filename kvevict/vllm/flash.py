@@ -1,39 +1,28 @@
-"""vLLM's FlashAttention backend, evicting. Written against vLLM 0.32; not run yet (no GPU)."""
+"""vLLM's FlashAttention backend, evicting. Written against vLLM 0.32; its kernels have not run with it (no GPU)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
-from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
 )
 
-from kvevict.vllm.manager import EvictingSpec
-from kvevict.vllm.worker import EvictingBackend, EvictingBuilder, EvictingImpl
+from kvevict.vllm.worker import EvictingBackend, EvictingBuilder, EvictingImpl, side_by_side
 
 
 class EvictingFlashBuilder(EvictingBuilder, FlashAttentionMetadataBuilder):
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        # Tables that are shifted for each step have no fixed address: graphs end before and begin after attention.
-        if isinstance(kv_cache_spec, EvictingSpec):
-            return AttentionCGSupport.NEVER
-        return super().get_cudagraph_support(vllm_config, kv_cache_spec)
-
-    def use_cascade_attention(self, *args, **kwargs) -> bool:
-        if isinstance(self.kv_cache_spec, EvictingSpec):
-            return False  # requests do not share a prefix any more
-        return super().use_cascade_attention(*args, **kwargs)
+    pass
 
 
 class EvictingFlashImpl(EvictingImpl, FlashAttentionImpl):
+    kv_cache_dtypes = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
+
     def cache_views(self, kv_cache: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
-        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        return keys, values
+        return side_by_side(self, kv_cache)
 
 
 class EvictingFlashBackend(EvictingBackend, FlashAttentionBackend):

@@ -287,14 +287,15 @@ def combine_scores(draw: Draw) -> Case:
     for _ in range(draw.random.randint(1, 3)):
         scores = draw.memory.tensor((B, H, S), torch.float32, element, draw.chance(0.9), expand=True)
         parts.append((draw.choice((1.0, 0.4, 2, -0.5, 0)), scores))
+    lengths = draw.lengths(B, H, S, lengths_per_row())
 
     def check(result, _) -> None:
         got = shaped(result, (B, H, S), torch.float32)
         weights = [weight for weight, _ in parts]
         tolerance = 2e-6 * sum(map(abs, weights))
-        for b in range(B):
+        for b, own in enumerate(per_head(lengths, B, H, S)):
             for h in range(H):
-                rows = [scores.lists()[b][h] for _, scores in parts]
+                rows = [scores.lists()[b][h][: own[h]] + [-INF] * (S - own[h]) for _, scores in parts]
                 near_row(got[b][h], oracle.combine(rows, weights, scale), tolerance, f"combined[{b}][{h}]")
 
-    return Case(dict(parts=parts, scale=scale), check)
+    return Case(dict(parts=parts, scale=scale, lengths=lengths), check)

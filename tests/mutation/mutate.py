@@ -47,6 +47,7 @@ TESTS = {
     "kernels/score_norm.py": tests("key_norm"),
     "kernels/score_mlp.py": tests("mlp_scores"),
     "kernels/pool_scores.py": tests("pool_scores"),
+    "kernels/combine_ranks.py": tests("combine_scores"),
     "kernels/score_attention.py": tests("lse or mass", "tests/test_score_attention.py", BORDERS),
     "kernels/decode_attention.py": tests("decode", "tests/test_decode_attention.py"),
     "kernels/rows.py": tests("paged or compact", BORDERS),

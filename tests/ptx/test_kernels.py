@@ -120,6 +120,13 @@ def test_pool(average):
     assert_close("pool_scores", scores, 5, average, unwritten(2, 3, 700), out=[3], error=1e-6)
 
 
+def test_ranks():
+    parts = [normal(2, 3, 200), normal(2, 3, 200).round()]
+    parts[0][:, :, 150:160], parts[1][0, 0, 5] = -INF, NAN
+    lengths = torch.tensor([[200, 130, 1], [0, 64, 65]], dtype=torch.int32)
+    assert_close("combine_ranks", parts, [0.5, 0.25], lengths, unwritten(2, 3, 200), out=[3], error=1e-6)
+
+
 @pytest.mark.parametrize("dtype, shape", matrix((BF16, FP16, FP32), ((2, 100, 96, 48), (1, 70, 130, 64)), quick=[
     (BF16, (2, 100, 96, 48)),
 ]))  # fmt: skip
