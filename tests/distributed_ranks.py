@@ -101,7 +101,7 @@ MATRIX = list(itertools.product(
 ))  # fmt: skip
 
 
-def check_matrix(group, count=100):
+def check_matrix(group, count=60):
     """A sample in which every value of every axis occurs tens of times; `matrix_whole` runs all of it."""
     for case in random.Random(0).sample(MATRIX, count):
         try:

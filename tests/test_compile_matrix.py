@@ -64,7 +64,9 @@ def check(target, compiled):
     assert not wrong, "\n".join(map(json.dumps, wrong))
 
 
-@pytest.mark.parametrize("target, shapes", [("sm_90", "--cross"), ("gfx942", "--one")])
+@pytest.mark.parametrize("target, shapes", [
+    ("sm_90", "--one"), ("gfx942", "--one"), pytest.param("sm_90", "--cross", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_few_shapes_compile(target, shapes):
     check(target, run(SCRIPT, target, shapes))
 

@@ -85,7 +85,7 @@ def test_key_norms_read_keys_once():
 def test_the_learned_scorer_asks_for_at_most_a_fitted_share_more_than_keydiff():
     """K twice and V once, where KeyDiff reads K twice. KeyDiff before RoPE costs what KeyDiff does, and beside the
     fitted score what is written of it."""
-    S, D, H, e = 8192, 128, 2, 2
+    S, D, H, e = 8192, 64, 1, 2
     keys, values = (torch.randn(1, H, S, D).bfloat16() for _ in range(2))
     weights, inv_freq = torch.randn(H, 2 * D + 4), torch.rand(D // 2)
     asked = {}

@@ -106,7 +106,7 @@ def scored(layer: EvictingLayer, policy: Policy) -> tuple[Tensor, Tensor | None]
     if "repeated" in policy.needs:
         _check_repeated(layer, name)
     for missing in layer.notes.missing():
-        raise ValueError(f"{name} needs {missing}, which was not noted of all tokens since the cut, or of any")
+        raise ValueError(f"{name} needs {missing}, which was not noted of all tokens since others were cut or cropped")
     if layer.pages is not None:
         return _scored_by_row(layer, policy)
     known: dict[str, Any] = layer.notes.observed(layer.lengths) | {
