@@ -24,6 +24,9 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md")),
 ELSEWHERE = ("vllm.md", "distributed.md")
 
 
+POOL = "transformers.generation.continuous_batching.initialization.resolve_max_memory_percent"
+
+
 def blocks(language):
     for page in PAGES:
         found = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
@@ -43,6 +46,7 @@ def test_python(block, smollm2, monkeypatch, tmp_path):  # noqa: F811
     model, tokenizer = smollm2
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(model.generation_config, "max_new_tokens", 4)  # where a block leaves it open
+    monkeypatch.setattr(POOL, lambda cb_config, **_: setattr(cb_config, "max_memory_percent", 0.02))  # workers share it
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name, **options: model)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **options: tokenizer)
     inputs = tokenizer("Moses went up to the mount of God. " * 8, return_tensors="pt").to(DEVICE)
