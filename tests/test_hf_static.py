@@ -96,6 +96,7 @@ def test_compiled_decode_steps_equal_eager_ones(plain):  # noqa: F811
 COMPILES = shutil.which("g++") and (pathlib.Path(sysconfig.get_path("include")) / "Python.h").exists()
 
 
+@pytest.mark.slow  # as the test below, with code that takes half a minute to compile
 @pytest.mark.skipif(DEVICE == "cpu" and not COMPILES, reason="inductor wants a C++ compiler and Python's headers")
 @torch.no_grad()
 def test_inductor_decodes_as_eager_does(plain):  # noqa: F811
