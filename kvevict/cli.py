@@ -75,7 +75,7 @@ def demo(
     weights: Annotated[
         pathlib.Path | None, typer.Option(help="Of the learned scorer; default: what the package has for the model.")
     ] = None,
-    device: Device = "cpu",
+    device: Annotated[str | None, typer.Option(help="torch device; default: cuda, if there is one.")] = None,
     output: Annotated[pathlib.Path, typer.Option(help="Where the picture goes.")] = pathlib.Path("kvevict-demo.png"),
     html: Annotated[
         pathlib.Path | None, typer.Option(help="Also write a page that shows the text and what of it is kept.")

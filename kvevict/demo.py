@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import math
 import os
 import pathlib
@@ -99,15 +100,15 @@ def evicted(
     return cache, [x.cpu() for x in indices], seconds
 
 
-def kept_by_kernels(cache: EvictingCache, keep: float, policy: Policy) -> Tensor:
-    """What the first layer keeps of the cache, indices [1, H, n], when the kernels choose and move."""
+def kept_by_kernels(cache: EvictingCache, keep: float, policy: Policy) -> tuple[Tensor, Tensor, Tensor]:
+    """What the first layer keeps of the cache, indices [1, H, n], K and V, when the kernels choose and move."""
     cache = copy.deepcopy(cache)
     indices: list[Tensor] = []
     cache.on_evict = lambda eviction: indices.append(eviction.indices)
     layers: list[Any] = cache.layers
     with backend("triton"):
         layers[0].apply(layers[0].choose(keep, policy))
-    return indices[0]
+    return indices[0], layers[0].keys, layers[0].values
 
 
 def ask(model, tokenizer, cache: EvictingCache, ids: Tensor) -> tuple[float, str]:
@@ -245,7 +246,7 @@ def run(
     names: list[str],
     shares: str,
     weights: pathlib.Path | None,
-    device: str,
+    device: str | None,
     output: pathlib.Path,
     html: pathlib.Path | None = None,
     interpret: bool = False,
@@ -256,10 +257,12 @@ def run(
     Raises:
         kvevict.models.Unavailable: a model, text, policy or device cannot be had, or an option makes no sense.
     """
-    if interpret:
-        if device != "cpu":
-            raise models.Unavailable(f"--interpret is given, and --device is {device}: expected cpu")
-        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, by transformers too
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if interpret and device != "cpu":
+        raise models.Unavailable(f"--interpret is given, and --device is {device}: expected cpu")
+    by_itself = os.environ.get("KVEVICT_BACKEND", "auto") in ("", "auto")
+    if device == "cpu" and (interpret or by_itself) and importlib.util.find_spec("triton") is not None:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, by transformers too
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
@@ -284,9 +287,8 @@ def run(
     models.known_device(device)
     where = pick(torch.device(device)).__name__.rpartition(".")[2]
     # The interpreter takes a second or two for each cut of a layer: in the first one it does, beside the reference.
-    beside = device == "cpu" and where == "triton" and os.environ.get("KVEVICT_BACKEND", "auto") in ("", "auto")
-    beside = beside and not interpret
-    same, compared = 0, 0
+    beside = device == "cpu" and where == "triton" and by_itself and not interpret
+    same, compared, identical = 0, 0, True
 
     chosen = backend("reference") if beside else contextlib.nullcontext()
     with chosen, Progress(console=console, transient=True) as progress:
@@ -303,13 +305,16 @@ def run(
         ids = build_prompt(tokenizer, body, tokens).to(device)
 
         def cut_and_ask(cache: EvictingCache, name: str, policy: Policy, share: float, budget: float | Budget) -> Row:
-            nonlocal same, compared
+            nonlocal same, compared, identical
             try:
                 shrunk, indices, seconds = evicted(cache, budget, policy)
             except ValueError as error:
                 raise models.Unavailable(f"--policy is {name} with --shares {shares}: {error}") from error
             if beside and shares == "none" and policy.spread == "layers" and share == min(keep):
-                heads = zip(kept_by_kernels(cache, share, policy)[0], indices[0][0], strict=True)
+                chosen, *held = kept_by_kernels(cache, share, policy)
+                theirs: Any = shrunk.layers[0]
+                identical &= torch.equal(held[0], theirs.keys) and torch.equal(held[1], theirs.values)
+                heads = zip(chosen[0], indices[0][0], strict=True)
                 same += sum(int(torch.isin(*both).sum()) for both in heads)
                 compared += indices[0].numel()
             loss, answer = ask(model, tokenizer, shrunk, ids)
@@ -339,7 +344,8 @@ def run(
     if beside and shares != "none":
         where = "reference"
     elif beside:
-        where = f"reference; the triton kernels, interpreted, keep {same} of its {compared} tokens in layer 0"
+        bits = ", K and V bit for bit" if identical else ""
+        where = f"reference; the triton kernels, interpreted, keep {same} of its {compared} tokens in layer 0{bits}"
     elif device == "cpu" and where == "triton":
         where = "triton kernels, interpreted on the CPU: the time says nothing about a GPU"
     of = "" if shares == "none" else f", measured shares of {shares}"

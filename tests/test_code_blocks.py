@@ -63,6 +63,17 @@ def test_python(block, smollm2, monkeypatch, tmp_path):  # noqa: F811
         model.set_attn_implementation(before)
 
 
+@pytest.mark.parametrize(
+    "page", [*PAGES, REPOSITORY / "CHANGELOG.md", REPOSITORY / "bench/NOTES.md"], ids=lambda page: page.name
+)
+def test_commands_in_sentences_and_tables(page):
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.M)
+    assert set(re.findall(r"`make\s+([a-z-]+)", text)) <= set(targets)
+    for module in re.findall(r"python\s+-m\s+(bench[.\w]*\w)", text):
+        assert module == "bench" or (REPOSITORY / f"{module.replace('.', '/')}.py").exists(), module
+
+
 def _lines(block):
     joined = block.replace("\\\n", " ")
     return [line.split("#")[0].strip() for line in joined.splitlines()]
