@@ -24,7 +24,9 @@ def payloads(rows: int, head_dim: int, tokens: int) -> list[int]:
     """Bytes of each all-reduce of `distributed.keydiff_compact` for so many rows (layers · batch · KV heads)."""
     bits = max(tokens - 1, 1).bit_length()
     digits = [8] * 4 + [min(8, bits - done) for done in range(0, bits, 8)]
-    return [16, rows * (head_dim + 1) * 8, *(rows * 2**width * 4 for width in digits)]
+    counts = [rows * 2**width * 4 for width in digits]
+    counts[0] += rows * 4  # and how many protected tokens there are
+    return [16, rows * (head_dim + 1) * 8, *counts]
 
 
 def collective_us(payload: int, ranks: int) -> float:

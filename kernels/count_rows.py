@@ -10,7 +10,8 @@ import triton.language as tl
 
 from .rows import per_row, row_length
 
-_WHOLE = tl.constexpr(10**12)  # what shares are counted in: room for 4.6 million tokens in int64
+_WHOLE = tl.constexpr(10**12)  # what shares are counted in
+_PART = tl.constexpr(10**6)
 
 
 @triton.jit(do_not_specialize=["rows", "H", "S", "share", "most"])
@@ -25,8 +26,10 @@ def keep_counts_kernel(lengths, keep, kept_ptr, ok_ptr, rows, H, S, share, most,
             length = tl.load(lengths.ptr + b * lengths.stride_b + h * lengths.stride_h, mask=inside, other=0)
             length = length.to(tl.int64)
         if keep is None:
-            kept = tl.maximum((length * (2 * share.to(tl.int64)) + _WHOLE) // (2 * _WHOLE), 1)
-            kept = tl.minimum(kept, most)
+            # (length · 2 · share + WHOLE) // (2 · WHOLE), in two parts, whose products fit int64 whatever the length.
+            twice = 2 * share.to(tl.int64)
+            kept = length * (twice // _PART) + (length * (twice % _PART) + _WHOLE) // _PART
+            kept = tl.minimum(tl.maximum(kept // (2 * _WHOLE // _PART), 1), most)
         else:
             kept = tl.load(keep.ptr + b * keep.stride_b + h * keep.stride_h, mask=inside, other=1).to(tl.int64)
             wrong |= (inside & (kept < tl.minimum(length, 1))).to(tl.int32)

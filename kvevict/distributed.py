@@ -122,7 +122,7 @@ def keydiff_compact(
     part = _Part(keys, values, positions, tokens, group, lengths)
 
     def check() -> dict[str, object]:
-        facts = part.check() | _check_selection(tokens, keep, sink, recent, heads, part.keys, inplace, part.values)
+        facts = part.check() | _check_selection(part, keep, sink, recent, heads, inplace)
         if isinstance(anchor, Tensor):
             B, H, _, D = part.keys.shape
             validate.tensor("anchor", anchor, 3, validate.FLOAT_DTYPES, part.keys)
@@ -169,7 +169,7 @@ def compact_by_scores(
     part = _Part(keys, values, positions, tokens, group, lengths, validate.ROW_DTYPES)
 
     def check() -> dict[str, object]:
-        facts = part.check() | _check_selection(tokens, keep, sink, recent, heads, part.keys, inplace, part.values)
+        facts = part.check() | _check_selection(part, keep, sink, recent, heads, inplace)
         if keys.shape[2]:
             validate.like_scores("scores", scores, torch.float32, part.keys.shape, part.keys)
         return facts
@@ -280,7 +280,7 @@ def decode_attention(queries: Tensor, shard: Shard, *, group: Group, scale: floa
     Raises:
         TypeError, ValueError: on every rank, see the module.
     """
-    group = _process_group(group)
+    group = process_group(group)
 
     def check() -> dict[str, object]:
         keys, values = _check_shard(shard)
@@ -316,7 +316,7 @@ def rebalance(shard: Shard, *, group: Group) -> Shard:
     Raises:
         TypeError, ValueError: on every rank, see the module.
     """
-    group = _process_group(group)
+    group = process_group(group)
 
     def check() -> dict[str, object]:
         return _facts(*_check_shard(shard))
@@ -352,11 +352,11 @@ def rebalance(shard: Shard, *, group: Group) -> Shard:
     held[row, slot] = incoming
     counts = room[rank].to(device)
     none = torch.arange(held.shape[1], device=device) >= counts[:, None]
-    where = held[..., sum(widths) :].contiguous().view(torch.int64)[..., 0]
+    where = held[..., sum(widths) :].clone(memory_format=torch.contiguous_format).view(torch.int64)[..., 0]
     order = where.masked_fill(none, torch.iinfo(torch.int64).max).argsort(-1)[:, :capacity]
     held = held.masked_fill(none[..., None], 0).gather(1, order[..., None].expand(-1, -1, held.shape[-1]))
     keys, values = (
-        x.contiguous().view(shard.keys.dtype).view(B, H, capacity, -1)
+        x.clone(memory_format=torch.contiguous_format).view(shard.keys.dtype).view(B, H, capacity, -1)
         for x in held[..., : sum(widths)].split(widths, -1)
     )
     where = where.masked_fill(none, -1).gather(-1, order).view(B, H, capacity)
@@ -379,11 +379,11 @@ class _Part:
 
     def __init__(self, keys, values, positions, tokens, group, lengths, dtypes=validate.FLOAT_DTYPES) -> None:
         self.keys, self.values, self.positions = keys, values, positions
-        self.tokens, self.group, self.lengths, self.dtypes = tokens, _process_group(group), lengths, dtypes
+        self.tokens, self.group, self.lengths, self.dtypes = tokens, process_group(group), lengths, dtypes
 
     def check(self) -> dict[str, object]:
         """What must be the same on all ranks."""
-        validate.integer("tokens", self.tokens, 1, 2**31)  # a position and a score's 32 bits are one int64
+        validate.integer("tokens", self.tokens, 1, 2**31 - 1)  # a position and a score's 32 bits are one int64
         for name in ("keys", "values", "positions"):
             x = getattr(self, name)
             at = -1 if name == "positions" else 2
@@ -399,7 +399,8 @@ class _Part:
         if positions.shape not in ((L,), (B, H, L)):
             raise ValueError(f"positions has shape {tuple(positions.shape)}: expected ({L},) or ({B}, {H}, {L})")
         self.positions = positions.long().contiguous().expand(B, H, L)
-        return _facts(keys, self.values) | {"tokens": self.tokens, "lengths": self._check_lengths(B)}
+        facts = {"tokens": self.tokens, "lengths": self._check_lengths(B), "positions are checked": self.asked_for()}
+        return _facts(keys, self.values) | facts
 
     def _check_lengths(self, B: int) -> object:
         if self.lengths is None:
@@ -428,9 +429,14 @@ class _Part:
         """[B, H] int64: how many."""
         return self.present().sum(-1)
 
+    @staticmethod
+    def asked_for() -> bool:
+        """Whether the values of positions are to be checked, which costs collectives."""
+        return not torch.compiler.is_compiling() and dist.get_debug_level() != dist.DebugLevel.OFF
+
     def check_positions(self) -> None:
         """The values of positions, where that is asked for: over all ranks, so that all raise."""
-        if torch.compiler.is_compiling() or dist.get_debug_level() == dist.DebugLevel.OFF:
+        if not self.asked_for():
             return
         positions, before = self.positions[..., 1:], self.positions[..., :-1]
         ascend = ((positions == -1) | ((positions > before) & (before >= 0))).all()
@@ -446,14 +452,23 @@ def _facts(keys: Tensor, values: Tensor) -> dict[str, object]:
     return {"device": keys.device.type, "dtype": keys.dtype, "B": B, "H": H, "D": D, "Dv": values.shape[3]}
 
 
-def _check_selection(tokens, keep, sink, recent, heads, keys, inplace, values) -> dict[str, object]:
+def _check_selection(part: _Part, keep, sink, recent, heads, inplace) -> dict[str, object]:
     validate.one_of("heads", heads, ("each", "shared"))
     validate.flag("inplace", inplace)
     if isinstance(keep, Tensor):
         raise TypeError("keep is Tensor: expected an int (tokens) or a float in (0, 1] (share)")
-    validate.kept_tokens(keep, tokens, sink, recent)
+    validate.kept_tokens(keep, part.tokens, sink, recent)
+    if heads == "shared" and part.positions.stride(1):  # not one list for all heads
+        alike, expected = (
+            (part.positions == part.positions[:, :1]).all(),
+            "those of all heads alike, as they share tokens",
+        )
+        if torch.compiler.is_compiling():
+            torch._assert_async(alike, f"kvevict: positions differ by head: expected {expected}")
+        else:
+            validate.require(alike, "positions", part.positions, expected)
     if inplace and not torch.compiler.is_compiling():  # which has no addresses; the move checks them
-        validate.written_apart({"keys": keys, "values": values})
+        validate.written_apart({"keys": part.keys, "values": part.values})
     return {"keep": keep, "sink": sink, "recent": recent, "heads": heads, "inplace": inplace}
 
 
@@ -501,6 +516,8 @@ def _kept_slots(
     sinks = kept.clamp(max=sink)
     recents = (kept - sinks).clamp(max=recent)
     limits = torch.cat([sinks, ends - recents, ends, kept - sinks - recents], 1)[..., 0]
+    protected = (positions < sinks) | ((positions >= ends - recents) & (positions < ends))
+    protected = ((positions >= 0) & protected).sum(-1, dtype=torch.int32)[..., None]
     before = summed = None
     bits = max(part.tokens - 1, 1).bit_length()
     left = _SCORE_BITS + bits  # of a token's number: the score's come before the position's
@@ -510,7 +527,12 @@ def _kept_slots(
         after = torch.empty((B, H, 5), dtype=torch.int64, device=scores.device)
         counts = torch.empty((B, H, 2**width), dtype=torch.int32, device=scores.device)
         torch.ops.kvevict.count_digits(scores, positions, limits, before, summed, bits, left, after, counts)
-        before, summed = after, _sum(counts, part.group)
+        if before is None:  # others take the places of protected tokens that an earlier cut has given up
+            summed = _sum(torch.cat([counts, protected], -1), part.group)
+            after[..., 1] += (sinks + recents)[..., 0] - summed[..., -1]
+            before, summed = after, summed[..., :-1].contiguous()
+        else:
+            before, summed = after, _sum(counts, part.group)
     slots = torch.empty((B, H, most), dtype=torch.int64, device=scores.device)
     held = torch.empty((B, H), dtype=torch.int64, device=scores.device)
     torch.ops.kvevict.kept_slots(scores, positions, before, summed, bits, slots, held)
@@ -520,7 +542,7 @@ def _kept_slots(
 # The group
 
 
-def _process_group(group: Group) -> dist.ProcessGroup:
+def process_group(group: Group) -> dist.ProcessGroup:
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(f"group is a mesh of {group.ndim} dimensions: expected one of them, mesh[its name]")
@@ -585,9 +607,10 @@ def _difference(said: list[tuple[str | None, dict[str, object]]]) -> str:
             return f"on rank {rank} of the group: {error}"
     first = said[0][1]
     for rank, (_, facts) in enumerate(said):
-        for name, value in facts.items():
-            if value != first.get(name):
-                return f"{name} is {value} on rank {rank} of the group: expected {first.get(name)}, as on rank 0"
+        for name in {**first, **facts}:
+            if facts.get(name) != first.get(name):
+                said_here, said_first = facts.get(name), first.get(name)
+                return f"{name} is {said_here} on rank {rank} of the group: expected {said_first}, as on rank 0"
     raise AssertionError("ranks that say the same have the same number")
 
 

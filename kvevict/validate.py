@@ -154,7 +154,7 @@ WHOLE = 10**12
 def share(keep: float) -> int:
     """A float from 0 to 1 in units of 10⁻¹²: the decimal that it was written as, 0.145 and not 0.14499999999999999.
 
-    In int64 that leaves room for 4.6 million tokens. Arithmetic alone, so that torch.compile can trace it.
+    Arithmetic alone, so that torch.compile can trace it.
     """
     return int(keep * WHOLE + 0.5)
 
@@ -183,7 +183,9 @@ def kept_lengths(keep: int | float | Tensor, lengths: Tensor) -> Tensor:
     keeps no more than it has. Integers only, so every device rounds alike."""
     lengths = lengths.long()
     if isinstance(keep, float):
-        kept = (lengths * (2 * share(keep)) + WHOLE) // (2 * WHOLE)
+        # (lengths · 2 · share + WHOLE) // (2 · WHOLE), in two parts, whose products fit int64 whatever the length.
+        upper, lower = divmod(2 * share(keep), 10**6)
+        kept = (lengths * upper + (lengths * lower + WHOLE) // 10**6) // (2 * WHOLE // 10**6)
         return torch.minimum(kept.clamp(min=1), lengths)
     if isinstance(keep, Tensor):
         return torch.minimum(keep.long(), lengths if lengths.ndim == keep.ndim else lengths[:, None])

@@ -203,6 +203,31 @@ def check_cut_decode_cut(group):
             check_kept(cut, again, before, places)
 
 
+def check_cuts_unlike_the_last(group):
+    """After a cut that protects nothing, one that protects keeps as many all the same; after heads chose apart they
+    cannot share."""
+    rank, P, (B, H, S, D) = dist.get_rank(group), group.size(), (1, 2, 100, 16)
+    keys, values = make("random", B, H, S, D, torch.float32)
+    own = positions_of("striped", S, P, rank)
+    got = distributed.keydiff_compact(
+        keys[:, :, own], values[:, :, own], positions=own, tokens=S, group=group, keep=40, inplace=False
+    )
+    before = everyone(got.positions, group)
+    again = dict(positions=got.positions, tokens=S, group=group, keep=20, inplace=False)
+    cut = distributed.keydiff_compact(got.keys, got.values, sink=4, recent=8, **again)
+    counts = cut.counts.clone()
+    dist.all_reduce(counts, group=group)
+    assert (counts == 20).all(), counts
+    after = everyone(cut.positions, group)
+    for h in range(H):
+        first, second = ({int(x) for part in positions for x in part[0, h]} for positions in (before, after))
+        there = {x for x in first if 0 <= x < 4 or x >= S - 8}
+        assert 0 < len(there) < 12 and there <= second <= first
+    del again["group"]
+    message = "those of all heads alike, as they share tokens"
+    raises(distributed.keydiff_compact, message, group, keys=got.keys, values=got.values, heads="shared", **again)
+
+
 def check_mass(group):
     rank, P = dist.get_rank(group), group.size()
     for (B, H, S, D), W, layout, reduce, ragged in (
@@ -296,14 +321,21 @@ def check_collectives(group):
     agree, digit = ("all_reduce", 16), ("all_reduce", B * H * 256 * 4)
     with collectives() as sent:
         got = distributed.keydiff_compact(*part, positions=own, tokens=S, group=group, keep=0.5)
-    anchor = ("all_reduce", B * H * (D + 1) * 8)
-    assert sent == [agree, anchor, *[digit] * 4, digit, ("all_reduce", B * H * 2 * 4)]  # 9 bits of position: 8 and 1
+    anchor, first = ("all_reduce", B * H * (D + 1) * 8), ("all_reduce", B * H * 257 * 4)  # and the protected tokens
+    assert sent == [
+        agree,
+        anchor,
+        first,
+        *[digit] * 3,
+        digit,
+        ("all_reduce", B * H * 2 * 4),
+    ]  # 9 bits of position: 8 and 1
     with collectives() as sent:
         distributed.compact_by_scores(
             torch.zeros(B, H, len(own)), *part, positions=own, tokens=S, group=group, keep=0.5, heads="shared"
         )
     one_head = ("all_reduce", B * 256 * 4)
-    assert sent == [agree, *[one_head] * 4, one_head, ("all_reduce", B * 2 * 4)]
+    assert sent == [agree, ("all_reduce", B * 257 * 4), *[one_head] * 3, one_head, ("all_reduce", B * 2 * 4)]
     with collectives() as sent:
         distributed.decode_attention(seeded(B, 6, 1, D, seed=0).bfloat16(), got, group=group)
     assert sent == [agree, ("all_gather", B * 6 * (D + 8 + 1) * 4)]

@@ -14,7 +14,7 @@ from kvevict import distributed
 
 SCRIPT = pathlib.Path(__file__).with_name("distributed_ranks.py")
 ON_CPUS = {"KVEVICT_BACKEND": "reference", "TRITON_INTERPRET": "1", "GLOO_SOCKET_IFNAME": "lo"}
-ON_BOTH = ["matrix", "cut_decode_cut", "mass", "rebalance", "collectives"]
+ON_BOTH = ["matrix", "cut_decode_cut", "mass", "rebalance", "collectives", "cuts_unlike_the_last"]
 CHECKS = [
     *(f"{check}@{ranks}" for ranks in (2, 4) for check in ON_BOTH),
     "scores_with_ties_everywhere@4", "a_rank_without_tokens@4", "layers_in_one_call@4", "bad_input@4",

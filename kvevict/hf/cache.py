@@ -206,6 +206,8 @@ class EvictingCache(Cache):
             )  # fmt: skip
         super().__init__(layers=layers)
         self._full = full
+        self._last_updated = len(layers)  # the layer that took tokens last
+        self._first_full: int | None = None  # the first that evicts of those that this forward has come to
         if self._model is not None and "hidden" in policy.needs:
             hidden.tell_caches(model, full)
         if hasattr(model, "set_attn_implementation"):
@@ -268,13 +270,19 @@ class EvictingCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         if layer_idx >= len(self.layers):
             raise ValueError(f"layer_idx is {layer_idx}: expected less than {len(self.layers)}, the config's layers")
-        if layer_idx <= self._full[0] and not self._attention_is_ours():  # layers before it do not evict, but they grow
+        begins = layer_idx <= self._last_updated  # a rank may run other layers than the first
+        self._last_updated = layer_idx
+        self._first_full = None if begins else self._first_full
+        if self._first_full is None and not self._attention_is_ours():  # layers before it do not evict, but they grow
             self._refuse_what_is_not_seen(key_states.shape[0])
-        if layer_idx == 0 and not self._static:  # whose numbers stay on the device
+        if begins and not self._static:  # whose numbers stay on the device
             self._refuse_unlike_layers()
-        if layer_idx in (0, self._full[0]):
+            self._refuse_layers_that_stay_empty()
+        first = self._first_full is None and layer_idx in self._full
+        if begins or first:
             self._refuse_after_refusal()
-        if layer_idx == self._full[0]:
+        if first:
+            self._first_full = layer_idx
             self._look_for_other_heads(key_states.shape[1], self._policy, self._of_heads)
             masks.forget()
             self._watch_for_chunks(key_states.shape[2])
@@ -285,6 +293,16 @@ class EvictingCache(Cache):
         elif isinstance(before, EvictingLayer) and not before.record_past:
             before.settle()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _refuse_layers_that_stay_empty(self) -> None:
+        """A choice over all layers would wait for those that another rank runs."""
+        if self._budget.spread == "model-wide":
+            held = [layer.index for layer in self._evicting() if layer.tokens_seen]
+            if held and len(held) < len(self._full):
+                raise ValueError(
+                    f"budget is {self._budget!r}, a choice over all layers, and only the layers {held} have run here: "
+                    "expected a budget that takes each layer by itself"
+                )
 
     def _refuse_what_is_not_seen(self, batch: int) -> None:
         """Before anything is cached: what the policy, the budget or the batch asks of an attention that is not ours."""

@@ -8,20 +8,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
+from kvevict import distributed
 from kvevict.policies import Policy
 
 
 def group_of(model: Any, group: Any) -> Any:
     """The process group whose ranks hold the model's KV heads, in the order of ranks: the given one, or that of the
-    mesh on which transformers has spread the model; None where neither is there."""
+    mesh on which transformers has spread the model; None where neither is there.
+
+    Raises:
+        TypeError, ValueError: no such group.
+    """
     if group is None:
         mesh = getattr(model, "_device_mesh", None)
         if mesh is None or "tp" not in (mesh.mesh_dim_names or ()):
             return None
         group = mesh["tp"]
-    return group.get_group() if isinstance(group, DeviceMesh) else group
+    return distributed.process_group(group)
 
 
 def check(policy: Policy, seen: int, heads: int, group: Any, *, of_heads: bool, static: bool) -> bool:
