@@ -650,7 +650,7 @@ def check_prompt_in_parts(group):
 def run(rank, names, path):
     """names: CHECK@RANKS."""
     torch.set_num_threads(1)
-    patience = timedelta(seconds=600 if any("whole" in check for check in checks) else 60)
+    patience = timedelta(seconds=600 if any("whole" in check for check in names) else 60)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=RANKS, timeout=patience)
     groups = {size: dist.new_group(list(range(size))) for size in (2, RANKS)}
     for name in names:
