@@ -72,13 +72,14 @@ def launch_select(S):
     backend.pool_scores(torch.empty(2, 4, S), 5, True, torch.empty(2, 4, S))
     if S <= 8192:
         backend.combine_ranks([torch.empty(2, 4, S)] * 2, [0.5, 0.5], lengths.int(), torch.empty(2, 4, S))
-    backend.topk_indices(torch.empty(2, 4, S), lengths, 1, 1, False, lengths, torch.empty(2, 4, n).long(), None, True)
 
 
 def launch_select_many(S):
-    """Rows for every multiprocessor."""
+    """Rows for every multiprocessor; and slots counted from the end."""
     from kvevict.backends import triton as backend
 
+    lengths, slots = torch.full((2,), S, dtype=torch.int64), torch.empty(2, 4, S // 2, dtype=torch.int64)
+    backend.topk_indices(torch.empty(2, 4, S), lengths, 1, 1, False, lengths, slots, None, True)
     backend.topk_indices(torch.empty(64, 4, S), None, 1, 1, False, None, torch.empty(64, 4, 1, dtype=torch.int64))
 
 

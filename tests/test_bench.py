@@ -136,7 +136,7 @@ def test_launches_of_paged_calls_with_their_checks():
 @pytest.mark.parametrize("options, expected", [
     (dict(keep=0.5), 5),  # count, score, select, move, free blocks
     (dict(keep=torch.tensor([20, 10])), 5),
-    (dict(keep=0.5, to="tail"), 6),
+    (dict(keep=0.5, to="tail"), 5),
     (dict(keep=20, to="tail", preserve_order=False), 7),
 ], ids=str)  # fmt: skip
 def test_launches_of_paged_keydiff_compact(options, expected):

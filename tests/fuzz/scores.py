@@ -298,4 +298,4 @@ def combine_scores(draw: Draw) -> Case:
                 rows = [scores.lists()[b][h][: own[h]] + [-INF] * (S - own[h]) for _, scores in parts]
                 near_row(got[b][h], oracle.combine(rows, weights, scale), tolerance, f"combined[{b}][{h}]")
 
-    return Case(dict(parts=parts, scale=scale, lengths=lengths), check)
+    return Case(dict(parts=parts, scale=scale, lengths=lengths), check, sizes=dict(S=S))
