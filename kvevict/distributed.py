@@ -409,11 +409,8 @@ class _Part:
         if lengths.shape != (B,):
             raise ValueError(f"lengths has shape {tuple(lengths.shape)}: expected ({B},), one per request")
         inside = ((lengths >= 1) & (lengths <= self.tokens)).all()
-        if torch.compiler.is_compiling():
-            torch._assert_async(inside, f"kvevict: lengths is out of range: expected values from 1 to {self.tokens}")
-            return True
         validate.require(inside, "lengths", lengths, f"values from 1 to {self.tokens}")
-        return tuple(lengths.tolist()) if lengths.device.type == "cpu" else True
+        return True if lengths.device.type != "cpu" or torch.compiler.is_compiling() else tuple(lengths.tolist())
 
     def ends(self) -> Tensor:
         """[B, 1, 1] int64: the length of each request."""
@@ -459,14 +456,8 @@ def _check_selection(part: _Part, keep, sink, recent, heads, inplace) -> dict[st
         raise TypeError("keep is Tensor: expected an int (tokens) or a float in (0, 1] (share)")
     validate.kept_tokens(keep, part.tokens, sink, recent)
     if heads == "shared" and part.positions.stride(1):  # not one list for all heads
-        alike, expected = (
-            (part.positions == part.positions[:, :1]).all(),
-            "those of all heads alike, as they share tokens",
-        )
-        if torch.compiler.is_compiling():
-            torch._assert_async(alike, f"kvevict: positions differ by head: expected {expected}")
-        else:
-            validate.require(alike, "positions", part.positions, expected)
+        alike = (part.positions == part.positions[:, :1]).all()
+        validate.require(alike, "positions", part.positions, "those of all heads alike, as they share tokens")
     if inplace and not torch.compiler.is_compiling():  # which has no addresses; the move checks them
         validate.written_apart({"keys": part.keys, "values": part.values})
     return {"keep": keep, "sink": sink, "recent": recent, "heads": heads, "inplace": inplace}

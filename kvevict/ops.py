@@ -493,11 +493,8 @@ def combine_scores(
         return out
     if lengths is not None:
         least = 1 if lengths.ndim == 1 else 0  # a request has a token, one of its heads may have none
-        inside, expected = ((lengths >= least) & (lengths <= S)).all(), f"values from {least} to {S}"
-        if torch.compiler.is_compiling():
-            torch._assert_async(inside, f"kvevict: lengths is out of range: expected {expected}")
-        else:
-            validate.require(inside, "lengths", lengths, expected)
+        inside = ((lengths >= least) & (lengths <= S)).all()
+        validate.require(inside, "lengths", lengths, f"values from {least} to {S}")
         beyond = torch.arange(S, device=lengths.device) >= lengths.view(B, -1, 1)
         rows = [scores.masked_fill(beyond, float("-inf")) for scores in rows]
     total, absent = torch.zeros_like(rows[0]), torch.zeros_like(rows[0], dtype=torch.bool)

@@ -298,9 +298,10 @@ def require(condition: Tensor, name: str, value: Tensor, expected: str) -> None:
     """Tensor values must satisfy `condition` (a bool scalar). On the CPU: a ValueError.
 
     On a GPU reading the answer would stall the host, so it is asserted on the device, in stream order ahead of the
-    first write, as torch's own indexing does: the error surfaces at the next synchronisation.
+    first write, as torch's own indexing does: the error surfaces at the next synchronisation. So it is where
+    torch.compile traces, which has no answer yet.
     """
-    if condition.device.type != "cpu":
+    if condition.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(condition, f"kvevict: {name} is out of range: expected {expected}")
     elif not condition:
         raise ValueError(f"{name} is {value.tolist() if value.numel() <= 64 else value}: expected {expected}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvevict.policies.base import Policy
-from kvevict.policies.shares import Shares, config_hash
+from kvevict.policies.shares import Shares, config_hash, read_file
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,16 +84,7 @@ class Scorer(Policy):
         Raises:
             FileNotFoundError: no such file. ValueError: not such a scorer, or not a whole one.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        except FileNotFoundError:
-            raise
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no scorer: {error}") from error
+        metadata, tensors = read_file(path, "is no scorer")
         found, told = metadata.pop("format", None), metadata.pop("shares", None)
         kinds = {kind.format: kind for kind in cls.__subclasses__() or (cls,)}
         if found not in kinds:

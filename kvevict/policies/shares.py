@@ -82,16 +82,7 @@ class Shares:
         Raises:
             FileNotFoundError: no such file. ValueError: no shares, or not whole ones.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        except FileNotFoundError:
-            raise
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} holds no shares: {error}") from error
+        metadata, tensors = read_file(path, "holds no shares")
         found = metadata.pop("format", None)
         if found != _FORMAT or tensors.keys() != {"keeps", "table"}:
             raise ValueError(
@@ -111,6 +102,23 @@ class Shares:
         """
         validate.one_of("name", name, tuple(_packaged()))
         return _packaged()[name]
+
+
+def read_file(path: str | pathlib.Path, wrong: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: none of that kind: the path, and what is `wrong` with it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} {wrong}: {error}") from error
 
 
 @functools.cache
