@@ -17,6 +17,7 @@ are those of the contexts' means, because questions about one context are not in
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import pathlib
@@ -413,10 +414,10 @@ def run(
         except (OSError, ValueError) as error:
             raise models.Unavailable(str(error)) from error
         columns = columns_of(columns, shares)
-        settings = dict(model=model_name, tokens=tokens, policies=names, keeps=keeps, columns=columns, seen=seen,
-                        text=source, tasks=list(tasks.TASKS))  # fmt: skip
-        if scorer is not None:
-            settings["scorer"] = str(scorer)
+        called = pathlib.Path(model_name).name if pathlib.Path(model_name).is_dir() else model_name
+        settings = dict(model=called, tokens=tokens, policies=names, keeps=keeps, columns=columns, seen=seen,
+                        text=_told(text) if text else source, tasks=list(tasks.TASKS))  # fmt: skip
+        settings |= {name: _told(path) for name, path in (("scorer", scorer), ("shares", shares_path)) if path}
         if any(line["settings"] != settings for line in lines):
             raise models.Unavailable(f"--out is {out}, which holds another evaluation: expected an empty folder")
         model.set_attn_implementation("kvevict")
@@ -432,7 +433,7 @@ def run(
     base = base_of(names[0], columns)
     rows = summary(lines, base)
     caption = (
-        f"{model_name}, {tokens} tokens of {source}, question {'seen' if seen else 'unseen'}, "
+        f"{called}, {tokens} tokens of {source}, question {'seen' if seen else 'unseen'}, "
         f"{len(lines)} contexts, torch {torch.__version__}, kvevict {__version__}"
     )
     (out / "eval.json").write_text(json.dumps({"schema": 3, "caption": caption, "base": base, "rows": rows}, indent=1))
@@ -452,6 +453,11 @@ def run(
     console.print(shown)
     console.print(f"wrote {out}/eval.json, eval.md, eval.png")
     return rows
+
+
+def _told(path: pathlib.Path) -> str:
+    """A file by name and content: where it lies is nobody's business, and the next one may have its name."""
+    return f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
 def second_half() -> str:

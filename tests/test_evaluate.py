@@ -169,6 +169,28 @@ def test_it_goes_on_where_it_was_and_refuses_what_is_not_its_own(tmp_path, monke
         run(2, keeps=(0.25,))
 
 
+def test_files_are_told_by_name_and_content(tmp_path, monkeypatch):
+    """Results go public: no path in them. Another file of the same name is another evaluation."""
+    model = tiny()
+    monkeypatch.setattr(models, "load", lambda name, device: (model, Characters()))
+    text, path, out = tmp_path / "text.txt", tmp_path / "s.safetensors", tmp_path / "eval"
+    text.write_text("in the beginning " * 300)
+    shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
+
+    def run():
+        weights = (torch.randn(*shape, model.config.hidden_size), torch.randn(shape))
+        Learned(weights=weights, shares=SHARES).save(path)
+        with kvevict.backend("reference"):
+            evaluate.run(str(tmp_path), text, 1000, 1, ["learned"], [0.5], ["each"], path, None, False, "cpu", out)
+
+    run()
+    for name in ("eval.jsonl", "eval.json", "eval.md"):
+        assert str(tmp_path) not in (out / name).read_text()
+    assert json.loads((out / "eval.jsonl").read_text())["settings"]["model"] == tmp_path.name
+    with pytest.raises(models.Unavailable, match="holds another evaluation"):
+        run()
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [(["--keep", "1.5"], "--keep is 1.5"), (["--keep", "many"], "--keep is many"), (["--contexts", "0"], "--contexts"),
