@@ -4,6 +4,7 @@ The oracle keeps every hidden state that entered an attention, and scores it in 
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,6 +147,9 @@ def test_scores_are_saved_follow_requests_and_what_is_taken_back(tmp_path, heads
                 assert torch.equal(held_scores(layer)[b, h, :n], old[1 - b, h, :n])
     again.evict(0.5)
     assert sum(layer.kept for layer in again.report()) < sum(layer.kept for layer in cache.report())
+    other = scorer(model, heads=heads, sink=2, recent=4, seed=5)
+    with pytest.raises(ValueError, match="holds what another scorer said of its tokens"):
+        EvictingCache.from_pretrained(tmp_path, model, other, keep=0.5)
 
 
 @torch.no_grad()
@@ -168,7 +172,7 @@ def test_what_came_untold_is_refused_when_it_is_asked_for():
     model(prompt(60), past_key_values=other)
     with pytest.raises(ValueError, match="Learned reads hidden states, which was not noted"):
         other.evict(0.5, scorer(model, seed=1, heads="shared"))
-    other.evict(0.5, policy)
+    other.evict(0.5, replace(policy, heads="each"))  # whose weights said it
 
 
 @torch.no_grad()

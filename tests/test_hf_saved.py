@@ -130,7 +130,7 @@ def rewritten(folder, change):
 
 
 DEFECTS = {
-    "format": (lambda state, x: state.update(format=1), "has format 1: expected 4"),
+    "format": (lambda state, x: state.update(format=1), "has format 1: expected 5"),
     "no format": (lambda state, x: state.pop("format"), "has no 'format'"),
     "layers": (lambda state, x: state["layers"].pop(), "has 2 layers: expected 3"),
     "layers are a number": (lambda state, x: state.update(layers=7), "has no len"),

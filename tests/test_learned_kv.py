@@ -257,6 +257,8 @@ def test_a_scorer_of_other_rope_is_refused_in_a_mixture_too():
     for one in (other, Hybrid(parts=((1.0, other), (1.0, KeyDiff())))):
         with pytest.raises(ValueError, match="inv_freq of other RoPE than the model's"):
             EvictingCache(model, one, keep=0.5)
+    with pytest.raises(ValueError, match="a cast of the model .* has rounded in the model"):
+        EvictingCache(tiny(head_dim=16).bfloat16(), policy, keep=0.5)
     with pytest.raises(ValueError, match="weights has values that are not finite"):
         LearnedKV(weights=policy.weights * float("nan"), inv_freq=policy.inv_freq)
     wide = LearnedKV(weights=torch.ones(3, 2, 100), inv_freq=policy.inv_freq)

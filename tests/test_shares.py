@@ -72,7 +72,7 @@ def test_the_hash_tells_architectures_apart_and_no_more():
     assert len(base) == 16
     same = [
         config(head_dim=16), config(head_dim=None), config(torch_dtype="bfloat16", use_cache=False),
-        config(rope_parameters=None, rope_theta=1e4),
+        config(rope_parameters=None, rope_theta=1e4), config(rope_parameters={"rope_theta": 10000}),
         SimpleNamespace(get_text_config=lambda decoder: config()),
     ]  # fmt: skip
     assert {shares.config_hash(one) for one in same} == {base}
@@ -80,8 +80,14 @@ def test_the_hash_tells_architectures_apart_and_no_more():
         config(model_type="qwen3"), config(num_hidden_layers=3), config(hidden_size=128, head_dim=16),
         config(intermediate_size=97), config(num_attention_heads=8, head_dim=16), config(num_key_value_heads=4),
         config(vocab_size=101), config(head_dim=32), config(rope_parameters={"rope_theta": 1e6}),
+        config(rope_parameters={"rope_theta": 1e4, "rope_type": "linear", "factor": 8.0}),
+        config(rope_parameters={"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}),
+        config(rope_parameters={"full_attention": {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}}),
     ]  # fmt: skip
     assert len({base, *(shares.config_hash(one) for one in other)}) == 1 + len(other)
+    older = config(rope_parameters=None, rope_theta=10000, rope_scaling={"type": "linear", "factor": 8})
+    newer = config(rope_parameters={"rope_theta": 1e4, "rope_type": "linear", "factor": 8.0, "type": "linear"})
+    assert {shares.config_hash(older), shares.config_hash(newer)} == {shares.config_hash(other[-3])}
     heads = config(num_key_value_heads=None)
     assert shares.config_hash(heads) == shares.config_hash(config(num_key_value_heads=4))
 

@@ -12,7 +12,7 @@ from kvevict.hf.notes import TRACKED
 from kvevict.hf.parallel import mean_over_heads
 from kvevict.hf.shares import Keep
 from kvevict.policies import Policy, model_wide
-from kvevict.policies.learned import scorer_of_hidden
+from kvevict.policies.learned import Learned, scorer_of_hidden
 from kvevict.policies.observed import Observed
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _check_noted(layer: EvictingLayer, policy: Policy) -> None:
         for name, reads, there in (
             ("attention", policy.needs & TRACKED, notes.tracked),
             ("queries", policy.window, policy.window <= notes.window),
-            ("hidden states", "hidden" in policy.needs, scorer_of_hidden(policy) is notes.scorer),
+            ("hidden states", "hidden" in policy.needs, _same(scorer_of_hidden(policy), notes.scorer)),
         )
         if reads and not there
     ]
@@ -145,6 +145,11 @@ def _check_noted(layer: EvictingLayer, policy: Policy) -> None:
             f"{type(policy).__name__} reads {' and '.join(missing)}, which was not noted: expected one that reads no "
             f"more than {type(layer.policy).__name__}, with which the cache was made"
         )
+
+
+def _same(a: Learned | None, b: Learned | None) -> bool:
+    """Both say the same of hidden states; how heads choose by it is another matter."""
+    return a is b or (a is not None and b is not None and a.weights is b.weights)
 
 
 def _check_repeated(layer: EvictingLayer, name: str) -> None:

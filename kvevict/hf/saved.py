@@ -3,6 +3,7 @@ moment; written under another name and then renamed."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
@@ -16,10 +17,11 @@ from torch import Tensor
 from kvevict.hf import pages
 from kvevict.hf.layer import EvictingLayer
 from kvevict.hf.places import Places
+from kvevict.policies import Learned
 from kvevict.policies.shares import said
 
 FILE = "cache.safetensors"
-FORMAT = 4
+FORMAT = 5
 PLACES = ("kept", "counts", "seen")
 NOTED = ("queries", "predicted", "packed", "repeated")
 TRACKED = ("mass", "last_used", "positions")  # of a Tracker, [B, H, n]
@@ -67,6 +69,7 @@ def save(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path) -> 
                 compressed=layer.compressed,
                 tail=None if isinstance(layer.tail, Tensor) else layer.tail,
                 step=None if tracker is None else tracker.step,
+                scorer=None if notes.predicted is None or notes.scorer is None else _digest(notes.scorer),
             )
         )
     state = json.dumps({"format": FORMAT, "model": _facts(config), "layers": states})
@@ -79,6 +82,14 @@ def save(layers: Sequence[EvictingLayer], config: Any, folder: pathlib.Path) -> 
     except BaseException:
         os.unlink(unfinished)
         raise
+
+
+def _digest(scorer: Learned) -> str:
+    """Of its weights: what it said of the tokens is another's no more than they are."""
+    whole = hashlib.sha256()
+    for weights in scorer.weights:
+        whole.update(weights.detach().cpu().contiguous().numpy().tobytes())
+    return whole.hexdigest()[:16]
 
 
 def _packed(kept: pages.Pages) -> dict[str, Tensor]:
@@ -286,6 +297,8 @@ def _fill(layer: EvictingLayer, own: dict[str, Tensor], state: dict[str, Any]) -
             "has heads of unequal length, and policy has heads 'shared': expected 'each' or 'adaptive', for budget= is "
             "to cut them again"
         )
+    if notes.predicted is not None and notes.scorer is not None and state["scorer"] != _digest(notes.scorer):
+        raise ValueError("holds what another scorer said of its tokens: expected a cache of policy's weights")
     missed = [name for name in notes.missing() if name != "repetition"]  # which can still be noted
     if layer.watching and missed:
         missing, name = missed[0], type(layer.policy).__name__

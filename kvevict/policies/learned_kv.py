@@ -112,8 +112,16 @@ class LearnedKV(Scorer):
         ValueError: the model turns its keys by other angles than the one it was fitted to.
         """
         ours = self.inv_freq.to(inv_freq.device)
-        if ours.shape != inv_freq.shape or not torch.allclose(ours, inv_freq, rtol=1e-5):
-            raise ValueError("policy has inv_freq of other RoPE than the model's: expected a scorer fitted to it")
+        if ours.shape == inv_freq.shape and torch.allclose(ours, inv_freq, rtol=1e-5):
+            return
+        if ours.shape == inv_freq.shape and any(
+            torch.equal(ours.to(dtype).float(), inv_freq) for dtype in (torch.bfloat16, torch.float16)
+        ):
+            raise ValueError(
+                "policy has inv_freq that a cast of the model (.half(), .bfloat16(), .to(dtype)) has rounded in the "
+                "model: expected from_pretrained(dtype=...), which leaves RoPE's angles in float32"
+            )
+        raise ValueError("policy has inv_freq of other RoPE than the model's: expected a scorer fitted to it")
 
 
 @functools.cache

@@ -142,7 +142,7 @@ def said(config: Any, name: str) -> Any:
 
 def config_hash(config: Any) -> str:
     """16 hexadecimal digits of what makes a transformers config's architecture; those of models with the same layers,
-    heads and sizes are equal, whatever their weights."""
+    heads, sizes and RoPE are equal, whatever their weights."""
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
     names = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -150,9 +150,24 @@ def config_hash(config: Any) -> str:
     query_heads = facts["num_attention_heads"]
     facts["num_key_value_heads"] = said(config, "num_key_value_heads") or query_heads
     facts["head_dim"] = said(config, "head_dim") or (facts["hidden_size"] or 0) // (query_heads or 1)
-    rope = getattr(config, "rope_parameters", None) or {}
-    facts["rope_theta"] = rope.get("rope_theta", getattr(config, "rope_theta", None))
+    rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    facts["rope_theta"] = _numbers(rope.pop("rope_theta", getattr(config, "rope_theta", None)))
+    kinds = [dict(of) for of in rope.values() if isinstance(of, dict)] or [rope]  # of each kind of layer, or of all
+    for kind in kinds:
+        kind.setdefault("rope_type", kind.pop("type", "default"))  # as older ones call it
+        kind.pop("type", None)
+    if any(kind["rope_type"] != "default" for kind in kinds):
+        facts["rope"] = _numbers(kinds)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _numbers(x: Any) -> Any:
+    """With every number a float: a config.json has 100000 where another has 100000.0."""
+    if isinstance(x, dict):
+        return {name: _numbers(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_numbers(value) for value in x]
+    return float(x) if isinstance(x, int) and not isinstance(x, bool) else x
 
 
 def find(config: Any) -> Shares | None:
