@@ -35,7 +35,8 @@ def _save(draw, result, path):
 
     figure, axis = plt.subplots(figsize=(8, 4.8), layout="constrained")
     draw(axis, result)
-    figure.supxlabel(f"{result['kind']} · {result['caption']}", fontsize=6)
+    kind = "timed" if draw is speedup else result["kind"]  # times of torch, on either device
+    figure.supxlabel(f"{kind} · {result['caption']}", fontsize=6)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

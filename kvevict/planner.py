@@ -153,12 +153,10 @@ def model_config(model: Any) -> tuple[str, dict[str, Any]]:
     name = preset_name(str(model))
     if name in known:
         return str(model), known[name]
-    refusal = f"model is {str(model)!r}, no preset{_close(name, known)}"
-    instead = "`--model FOLDER/config.json` takes any model's configuration"
+    refusal = f"model is {str(model)!r}{_close(name, known)}: no preset"
+    instead = f"`--model FOLDER/config.json` takes any model's configuration; presets are {', '.join(known)}"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):  # nor a name on the hub
-        raise Unavailable(
-            f"{refusal}, no config.json and no Hugging Face id: presets are {', '.join(known)}; {instead}"
-        )
+        raise Unavailable(f"{refusal}, no config.json and no Hugging Face id; {instead}")
     try:
         from huggingface_hub import constants, try_to_load_from_cache
 
@@ -170,9 +168,9 @@ def model_config(model: Any) -> tuple[str, dict[str, Any]]:
         return str(model), config.get_text_config(decoder=True).to_dict()
     except ImportError as error:
         reason = f"to look an id up, pip install 'kvevict[hf]' ({error.name} is missing)"
-        raise Unavailable(f"{refusal}; {reason}; presets are {', '.join(known)}; {instead}") from error
+        raise Unavailable(f"{refusal}; {reason}; {instead}") from error
     except Exception as error:  # a configuration that transformers cannot take fails in many ways
-        raise Unavailable(f"{refusal}, and: {_first_line(error)}; presets are {', '.join(known)}; {instead}") from error
+        raise Unavailable(f"{refusal}, and: {_first_line(error)}; {instead}") from error
 
 
 def _close(name: str, known: dict[str, Any]) -> str:

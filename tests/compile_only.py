@@ -211,9 +211,10 @@ TILES = [
     *at(128, offset=8),
 ]  # fmt: skip
 TILES_CROSS = at(128, 120, 576)
+LENGTHS, MANY = (4096, 8192, 16384, 131072, 1 << 20), (4096, 8192, 32768, 131072)  # of rows that are selected
 
 
-def matrix(target: str, rows, tiles, paged) -> None:
+def matrix(target: str, rows, tiles, paged, lengths=LENGTHS, many=MANY) -> None:
     case: dict = {}
 
     def report(launch):
@@ -236,12 +237,9 @@ def matrix(target: str, rows, tiles, paged) -> None:
         launch_paged(4096, D, torch.bfloat16)
     case.clear()
     launch_mlp(4096, 576, torch.bfloat16)
-    launch_select(4096)
-    launch_select(8192)
-    launch_select(16384)
-    launch_select(131072)
-    launch_select(1 << 20)
-    for S in (4096, 8192, 32768, 131072):
+    for S in lengths:
+        launch_select(S)
+    for S in many:
         launch_select_many(S)
     launch_adaptive(4096)
     launch_adaptive(16384)
@@ -274,6 +272,6 @@ if __name__ == "__main__":
     elif "--cross" in sys.argv:
         matrix(sys.argv[1], ROWS_CROSS, TILES_CROSS, [128])
     elif "--one" in sys.argv:
-        matrix(sys.argv[1], ROWS_CROSS[:1], TILES_CROSS[:1], [128])
+        matrix(sys.argv[1], ROWS_CROSS[:1], TILES_CROSS[:1], [128], (4096, 131072), (4096, 32768))
     else:
         matrix(sys.argv[1], ROWS, TILES, [128, 576])

@@ -95,7 +95,8 @@ def test_demo_on_a_tiny_model(tmp_path):
         half, indices, seconds = demo.evicted(caches[name], 0.5)
         assert len(indices) == 2 and indices[0].shape == (1, 2, 200)
         assert demo.held_bytes(half) * 2 == demo.held_bytes(cache)
-        loss, answer = demo.ask(model, Words(), half, ids)
+        with kvevict.backend("reference"):
+            loss, answer = demo.ask(model, Words(), half, ids)
         rows.append(demo.Row(name, 0.5, 200, demo.held_bytes(half), seconds, loss, answer, indices))
     with kvevict.backend("reference"):
         uneven, indices, _ = demo.evicted(caches["keydiff"], Fixed(torch.tensor([[1.0, 3.0], [2.0, 0.5]]), 0.3))

@@ -5,7 +5,9 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 
 import pytest
@@ -57,16 +59,23 @@ def test_both_are_complete_and_well_described(built):
     assert f"kvevict-{kvevict.__version__}-" in wheel.name
 
 
-def test_the_wheel_works_elsewhere(built, tmp_path):
-    """With this environment's torch: what is installed is in front of the checkout that it was installed from."""
-    site = tmp_path / "site"
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, built[1])
-    environment = dict(os.environ, PYTHONPATH=str(site), KVEVICT_BACKEND="reference")
-    script = SCRIPT.format(folder=str(site))
-    assert run(sys.executable, "-c", script, cwd=tmp_path, env=environment) == "16\n"
-    command = (sys.executable, "-m", "kvevict")
-    assert run(*command, "--version", cwd=tmp_path, env=environment) == f"kvevict {kvevict.__version__}\n"
-    assert "GiB" in run(*command, "plan", "--model", "llama-3.1-8b", cwd=tmp_path, env=environment)
+def test_the_wheel_works_in_an_environment_of_its_own(built, tmp_path):
+    """Which sees the packages that are installed here, as torch alone takes minutes, but not the checkout: an editable
+    install is a .pth file, and Python reads none of a folder that stands in another's."""
+    clean = tmp_path / "clean"
+    venv.create(clean, symlinks=True)
+    (site,) = clean.glob("lib/python*/site-packages")
+    (site / "installed_here.pth").write_text("\n".join({sysconfig.get_path(name) for name in ("purelib", "platlib")}))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    options = dict(cwd=tmp_path, env=environment | dict(KVEVICT_BACKEND="reference"))
+    python, command = clean / "bin/python", clean / "bin/kvevict"
+    find = "import importlib.util; print(importlib.util.find_spec('kvevict'))"
+    assert run(python, "-c", find, **options) == "None\n"
+    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
+    run(*pip, "install", "--quiet", "--no-deps", "--ignore-installed", built[1], **options)
+    assert run(python, "-c", SCRIPT.format(folder=str(site)), **options) == "16\n"
+    assert run(command, "--version", **options) == f"kvevict {kvevict.__version__}\n"
+    assert "GiB" in run(command, "plan", "--model", "llama-3.1-8b", **options)
 
 
 def test_without_transformers_the_command_to_install_it_is_said(tmp_path):

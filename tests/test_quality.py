@@ -120,6 +120,7 @@ def test_at_most_six_policies_have_a_colour():
     styles = {policy: line_of(policy) for policy in every}
     colored = {style["color"] for style in styles.values()} - {GREY}
     assert len(colored) == 6 and styles["recommended"] == styles["tova + keydiff"]
+    assert len({styles[policy]["color"] for policy in ("recommended", "keydiff", "learned", "kvzip", "snapkv")}) == 5
     assert all(style["zorder"] < styles["keydiff"]["zorder"] for style in styles.values() if style["color"] == GREY)
 
 
