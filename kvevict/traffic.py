@@ -173,3 +173,50 @@ class MlpScores:
     @property
     def operations(self) -> float:
         return self.tokens * self.N * (2 * self.M + 3)
+
+
+@dataclass(frozen=True)
+class QuadraticScores:
+    """`quadratic_scores`: K and a float32 matrix and vector for each query head read once."""
+
+    heads: int
+    group: int
+    S: int
+    D: int
+    element_size: int
+
+    @property
+    def bytes(self) -> float:
+        matrices = self.group * 4 * (self.D**2 + self.D)
+        return self.heads * (self.S * (self.D * self.element_size + 4 * self.group) + matrices)
+
+    @property
+    def operations(self) -> float:
+        return self.heads * self.group * self.S * 2 * self.D * (self.D + 2)
+
+
+@dataclass(frozen=True)
+class ProjectedNorms:
+    """`projected_norms`: V [heads, S, DV] and the weight's [M, DV] of each query head read once."""
+
+    heads: int
+    group: int
+    S: int
+    DV: int
+    M: int
+    element_size: int
+
+    @property
+    def bytes(self) -> float:
+        return self.heads * (
+            self.S * (self.DV * self.element_size + 4) + self.group * self.M * self.DV * self.element_size
+        )
+
+    @property
+    def operations(self) -> float:
+        return self.heads * self.group * self.S * self.M * (2 * self.DV + 2)
+
+
+@dataclass(frozen=True)
+class AttentionPeaks(WindowMass):
+    """`attention_peaks` of W queries, without a given LSE: two passes over K, one for LSEs and sums, one for peaks."""

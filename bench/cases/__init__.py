@@ -2,6 +2,7 @@
 
 from bench.cases import (
     attention_mass,
+    attention_peaks,
     compact,
     decode_attention,
     key_norm_scores,
@@ -11,6 +12,8 @@ from bench.cases import (
     mlp_scores,
     paged_decode_attention,
     paged_keydiff_compact,
+    projected_norms,
+    quadratic_scores,
     topk_indices,
 )
 
@@ -24,6 +27,9 @@ ALL = [
     key_norm_scores.CASE,
     attention_mass.CASE,
     attention_mass.FAR_CASE,
+    attention_peaks.CASE,
+    quadratic_scores.CASE,
+    projected_norms.CASE,
     decode_attention.CASE,
     paged_decode_attention.CASE,
     mlp_scores.CASE,
