@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -178,42 +178,50 @@ class Captured:
     def __init__(self) -> None:
         self.queries: dict[int, list[torch.Tensor]] = {}  # [B, Hq, T, D], after RoPE
         self.hidden: dict[int, list[torch.Tensor]] = {}  # [B, T, M], after the layer's norm
+        self.scaling: dict[int, float] = {}  # of the attention logits
 
-    def of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(queries, hidden) of a layer, its forwards joined along the sequence."""
-        return torch.cat(self.queries[layer], 2), torch.cat(self.hidden[layer], 1)
+    def of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(queries, hidden) of a layer, its forwards joined along the sequence; None: hidden states were not noted."""
+        hidden = self.hidden.get(layer)
+        return torch.cat(self.queries[layer], 2), None if hidden is None else torch.cat(hidden, 1)
 
 
 @contextlib.contextmanager
-def capture(model: Any) -> Iterator[Captured]:
-    """Note every attention layer's queries and inputs of the forwards inside the block.
+def capture(model: Any, hidden: Collection[int] | None = None) -> Iterator[Captured]:
+    """Note every attention layer's queries, and the inputs of some, of the forwards inside the block.
 
     Through transformers' AttentionInterface: attention itself is computed by SDPA as before, and afterwards the model
     is as it was.
+
+    Args:
+        hidden: the layers whose inputs are noted; None: all.
+
+    Raises:
+        ValueError: there is no attention by its name in one of these.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
+
+    from kvevict.hf.attention import sdpa
+    from kvevict.hf.hidden import noting
 
     captured = Captured()
 
-    def attend(module, query, key, value, attention_mask, **options):
+    def attend(module, query, key, value, attention_mask, scaling=None, **options):
         captured.queries.setdefault(module.layer_idx, []).append(query)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        captured.scaling[module.layer_idx] = query.shape[3] ** -0.5 if scaling is None else scaling
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
 
-    def note_input(module, arguments, options):
-        hidden = options["hidden_states"] if "hidden_states" in options else arguments[0]
-        captured.hidden.setdefault(module.layer_idx, []).append(hidden)
+    def note(layer: int, entering: torch.Tensor, _: Any) -> None:
+        captured.hidden.setdefault(layer, []).append(entering)
 
     AttentionInterface.register("kvevict_capture", attend)
     AttentionMaskInterface.register("kvevict_capture", sdpa_mask)
-    before = model.config._attn_implementation
-    attentions = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
-    hooks = [m.register_forward_pre_hook(note_input, with_kwargs=True) for m in attentions]
-    model.set_attn_implementation("kvevict_capture")
-    try:
-        yield captured
-    finally:
-        model.set_attn_implementation(before)
-        for hook in hooks:
-            hook.remove()
+    config = model.config.get_text_config(decoder=True)
+    before = config._attn_implementation
+    with noting(model, range(config.num_hidden_layers) if hidden is None else hidden, note):
+        model.set_attn_implementation("kvevict_capture")
+        try:
+            yield captured
+        finally:
+            model.set_attn_implementation(before)
