@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -158,6 +158,61 @@ def known_device(name: str) -> torch.device:
 def sample_text() -> str:
     """The Pentateuch in the King James version (public domain), about 200,000 tokens."""
     return importlib.resources.files("kvevict").joinpath("data/pentateuch-kjv.txt").read_text(encoding="utf-8")
+
+
+def first_half() -> str:
+    """Of `sample_text`, which scorers and shares are measured on: the second is for questions."""
+    text = sample_text()
+    return text[: len(text) // 2]
+
+
+def read_texts(paths: Sequence[pathlib.Path]) -> dict[str, str]:
+    """The texts in these files, by the files' names, of which a second one of the same name is "name (2)"; none:
+    `first_half`. Where they lie is nobody's business: names go into what is published.
+
+    Raises:
+        Unavailable: one cannot be read.
+    """
+    bodies: dict[str, str] = {}
+    for path in dict.fromkeys(paths):
+        name, count = path.name, 1
+        while name in bodies:
+            count += 1
+            name = f"{path.name} ({count})"
+        bodies[name] = read_text(path)
+    return bodies or {"the Pentateuch's first half": first_half()}
+
+
+def called(name: str) -> str:
+    """A model's name, as it is published: its id, or a local folder's name."""
+    path = pathlib.Path(name)
+    return path.resolve().name if path.is_dir() else name
+
+
+def places(
+    output: str | pathlib.Path, report: pathlib.Path | None, name: str, report_name: str
+) -> tuple[pathlib.Path, pathlib.Path]:
+    """(file, report) to write: `output` itself, or, where that is a folder or ends in "/", `name` in it, and then the
+    report, unless it is given, beside it. A folder is made.
+
+    Raises:
+        Unavailable: one of them cannot be written.
+    """
+    path = pathlib.Path(output)
+    if path.is_dir() or str(output).endswith("/"):
+        try:
+            path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise Unavailable(f"cannot make the folder {path}: {error.strerror}") from error
+        path, report = path / name, report or path / report_name
+    report = report or pathlib.Path(report_name)
+    for file in (path, report.with_suffix(".json"), report.with_suffix(".png")):
+        folder = file.resolve().parent
+        if not folder.is_dir() or file.is_dir():
+            raise Unavailable(f"cannot write {file}: expected a file in an existing folder")
+        if not os.access(file if file.exists() else folder, os.W_OK):
+            raise Unavailable(f"cannot write {file}: no permission")
+    return path, report
 
 
 def read_text(path: pathlib.Path | None) -> str:
