@@ -34,7 +34,7 @@ from kvevict import __version__, models, ops, tasks, validate
 from kvevict.colors import line_of
 from kvevict.policies import Fixed, KeyDiff, LearnedKV, Observed, Policy, Scorer, Shares, Tracker, model_wide
 from kvevict.policies.base import within
-from kvevict.policies.shares import find
+from kvevict.policies.shares import config_hash, find
 
 LEARNED = "learned"
 POLICIES = ("recommended", "keydiff", "snapkv", LEARNED)
@@ -519,8 +519,10 @@ def run(
             raise models.Unavailable(f"--keep is {keep}: expected a share between 0 and 1")
     if contexts < 1:
         raise models.Unavailable(f"--contexts is {contexts}: expected at least 1")
-    if not out.resolve().parent.is_dir():
+    if not out.resolve().parent.is_dir() or (out.exists() and not out.is_dir()):
         raise models.Unavailable(f"--out is {out}: expected a folder in an existing one")
+    path = out / "eval.jsonl"
+    lines = _results(path)
     body = models.read_text(text) if text else second_half()
     models.known_device(device)
 
@@ -533,8 +535,6 @@ def run(
     logging.disable_progress_bar()
     console = Console()
     source = text.name if text else "the Pentateuch's second half"
-    path = out / "eval.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     with Progress(console=console, transient=True) as progress:
         loading = progress.add_task(f"loading {model_name}", total=None)
         model, tokenizer = models.load(model_name, device)
@@ -549,35 +549,43 @@ def run(
         columns = columns_of(columns, shares)
         _check_shares(model, columns, keeps, shares)
         _check_positions(model, tokenizer, tokens, questions, policies)
-        called = pathlib.Path(model_name).name if pathlib.Path(model_name).is_dir() else model_name
+        called = models.called(model_name)
         settings = dict(model=called, tokens=tokens, policies=names, keeps=keeps, columns=columns, seen=seen,
                         text=_told(text) if text else source, tasks=list(tasks.TASKS))  # fmt: skip
         settings |= {name: _told(path) for name, path in (("scorer", scorer), ("shares", shares_path)) if path}
-        if any(line["settings"] != settings for line in lines):
+        settings |= _unnamed(model, policies, shares, scorer, shares_path)
+        if not all(_of_these(line["settings"], settings) for line in lines.values()):
             raise models.Unavailable(f"--out is {out}, which holds another evaluation: expected an empty folder")
         check_served(model, policies, ids)
         out.mkdir(exist_ok=True)
-        done = {line["sample"] for line in lines}
-        left = [sample for sample in range(contexts) if sample not in done]
+        whole = b"".join(map(_line, lines.values()))
+        if path.exists() and path.read_bytes() != whole:
+            path.with_suffix(".part").write_bytes(whole)
+            path.with_suffix(".part").replace(path)
+        left = [sample for sample in range(contexts) if sample not in lines]
         for sample in progress.track(left, description="contexts"):
             try:
                 results = run_context(model, tokenizer, *questions[sample], keeps, columns, shares, policies, seen)
             except ValueError as error:
                 raise models.Unavailable(f"context {sample}: {error}") from error
             asked = [one.task for one in questions[sample][1]]
-            lines.append(dict(sample=sample, settings=settings, tasks=asked, results=results))
-            with path.open("a") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
+            lines[sample] = dict(sample=sample, settings=settings, tasks=asked, results=results)
+            with path.open("ab", buffering=0) as file:  # at once: a line that is cut off is dropped by the next run
+                file.write(_line(lines[sample]))
+    if len(lines) > contexts:
+        console.print(f"{out} holds {len(lines)} contexts: of these, --contexts {contexts}")
+    used = [lines[sample] for sample in range(contexts)]
     base = base_of(names[0], columns)
-    rows = summary(lines, base)
+    rows = summary(used, base)
     caption = (
         f"{called}, {tokens} tokens of {source}, question {'seen' if seen else 'unseen'}, "
-        f"{len(lines)} contexts, torch {torch.__version__}, kvevict {__version__}"
+        f"{contexts} contexts, torch {torch.__version__}, kvevict {__version__}"
     )
-    (out / "eval.json").write_text(json.dumps({"schema": 3, "caption": caption, "base": base, "rows": rows}, indent=1))
+    told = {"schema": 3, "caption": caption, "base": base, "rows": [_strict(row) for row in rows]}
+    (out / "eval.json").write_text(json.dumps(told, indent=1, allow_nan=False))
     (out / "eval.md").write_text(markdown(rows, caption, base, seen))
     drawn = base_of("keydiff" if "keydiff" in names else names[0], columns)
-    draw(summary(lines, drawn), caption, drawn, out / "eval.png")
+    draw(summary(used, drawn), caption, drawn, out / "eval.png")
     together = [row for row in rows if row["task"] == ALL]
     whole = next(row for row in together if row["policy"] == "whole")
     shown = Table(title=f"{caption}\nwhole cache: {whole['loss']:.2f} nats, {whole['hits']:.0%} right")
@@ -591,6 +599,55 @@ def run(
     console.print(shown)
     console.print(f"wrote {out}/eval.json, eval.md, eval.png")
     return rows
+
+
+def _results(path: pathlib.Path) -> dict[int, dict]:
+    """The lines of an eval.jsonl by context, but for a last one that was cut off as it was written.
+
+    Raises:
+        kvevict.models.Unavailable: it cannot be read, or a line is no context's result.
+    """
+    found: dict[int, dict] = {}
+    try:
+        *whole, rest = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    except (OSError, UnicodeDecodeError) as error:
+        raise models.Unavailable(f"cannot read {path}: {error}") from error
+    for number, text in enumerate([*whole, rest], 1):
+        try:
+            line = json.loads(text)
+            if not {"sample", "settings", "tasks", "results"} <= line.keys():
+                raise ValueError("has not all that a result has")
+            found[line["sample"]] = line
+        except (AttributeError, TypeError, ValueError) as error:
+            if number <= len(whole):
+                raise models.Unavailable(
+                    f"{path}, line {number}, is no result of `kvevict eval`: expected an empty folder as --out"
+                ) from error
+    return found
+
+
+def _line(result: dict) -> bytes:
+    return json.dumps(result).encode() + b"\n"
+
+
+def _unnamed(model, policies, shares, scorer, shares_path) -> dict[str, Any]:
+    """What decides the results beside the options: the model's architecture, and what the package carries for it."""
+    packaged = {}
+    if LEARNED in policies and not scorer:
+        packaged["scorer"], packaged["kvevict"] = policies[LEARNED].metadata.get("date"), __version__
+    if shares is not None and not scorer and not shares_path:
+        packaged["shares"] = shares.metadata.get("date")
+    return {"config": config_hash(model.config), "packaged": packaged}
+
+
+def _of_these(found: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether a line was made with these settings. Older ones do not say what `_unnamed` says."""
+    return found == {name: x for name, x in settings.items() if name in found or name not in ("config", "packaged")}
+
+
+def _strict(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN, which an error is that cannot be told."""
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
 
 
 def _told(path: pathlib.Path) -> str:

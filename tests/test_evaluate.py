@@ -153,23 +153,69 @@ def test_a_question_that_is_seen_is_part_of_what_is_cut():
 def test_it_goes_on_where_it_was_and_refuses_what_is_not_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load", lambda name, device: (tiny(), Characters()))
     monkeypatch.setattr(models, "sample_text", lambda: "in the beginning " * 300)
-    out = tmp_path / "eval"
+    out, done = tmp_path / "eval", []
+
+    def read(model, tokenizer, context, asked, keeps, columns, shares, policies, seen):
+        done.append(context)
+        cells = {column: {str(keep): [(0.5 + len(done), True)] * len(asked) for keep in keeps} for column in columns}
+        return {"whole": {"whole": {"1.0": [(0.5, True)] * len(asked)}}} | dict.fromkeys(policies, cells)
+
+    monkeypatch.setattr(evaluate, "run_context", read)
 
     def run(contexts, keeps=(0.5,)):
         with kvevict.backend("reference"):
             return evaluate.run(
-                "tiny", None, 1000, contexts, ["keydiff", "recency"], keeps, [], None, None, False, "cpu", out
+                "tiny", None, 1000, contexts, ["keydiff", "recency"], keeps, ["each"], None, None, False, "cpu", out
             )
 
     run(1)
     first = (out / "eval.jsonl").read_text()
     rows = run(2)
-    assert (out / "eval.jsonl").read_text().startswith(first) and rows[0]["contexts"] == 2
+    both = (out / "eval.jsonl").read_text()
+    assert both.startswith(first) and rows[0]["contexts"] == 2
     saved = json.loads((out / "eval.json").read_text())
-    assert saved["base"] == ["keydiff", "each"] and len(saved["rows"]) == 5 * (1 + 2 * 3)
+    assert saved["base"] == ["keydiff", "each"] and len(saved["rows"]) == 5 * (1 + 2)
     assert (out / "eval.png").stat().st_size > 10_000 and "| recency |" in (out / "eval.md").read_text()
+    monkeypatch.setattr(evaluate, "draw", lambda *_: None)
     with pytest.raises(models.Unavailable, match="holds another evaluation"):
         run(2, keeps=(0.25,))
+    assert run(1)[0]["contexts"] == 1 and (out / "eval.jsonl").read_text() == both  # as many as are asked for
+    told = json.loads((out / "eval.json").read_text(), parse_constant=pytest.fail)  # strictly JSON, no NaN
+    assert told["rows"][0]["over_whole_error"] is None
+
+    def without(line):  # as older versions wrote it
+        line["settings"] = {k: v for k, v in line["settings"].items() if k not in ("config", "packaged")}
+        return json.dumps(line) + "\n"
+
+    (out / "eval.jsonl").write_text(without(json.loads(first)) + both.splitlines()[1][:500])  # and was killed
+    monkeypatch.setattr(evaluate, "check_served", lambda *_: None)
+    done = []
+    monkeypatch.setattr(
+        evaluate, "run_context", lambda *_: done.append(0) or json.loads(both.splitlines()[1])["results"]
+    )
+    assert run(2)[0]["contexts"] == 2 and len(done) == 1
+    assert [json.loads(line)["sample"] for line in (out / "eval.jsonl").read_text().splitlines()] == [0, 1]
+
+
+def test_what_is_no_evaluation_is_refused(tmp_path):
+    def run(out):
+        evaluate.run("x", None, 1000, 1, ["keydiff"], [0.5], [], None, None, False, "cpu", out)
+
+    (tmp_path / "eval.jsonl").write_text('{"sample": 0}\n')
+    with pytest.raises(models.Unavailable, match=r"eval\.jsonl, line 1, is no result of `kvevict eval`"):
+        run(tmp_path)
+    with pytest.raises(models.Unavailable, match=r"--out is .*eval\.jsonl: expected a folder"):
+        run(tmp_path / "eval.jsonl")
+
+
+def test_settings_say_which_scorer_the_package_had():
+    model, shares = tiny(), Shares((0.5,), torch.ones(1, 2, 2), {"date": "2026-01-02"})
+    weights = (torch.zeros(2, 2, 32), torch.zeros(2, 2))
+    policies = {"learned": Learned(weights=weights, metadata={"date": "2026-01-01"})}
+    said = evaluate._unnamed(model, policies, shares, None, None)
+    assert said["packaged"] == {"scorer": "2026-01-01", "kvevict": kvevict.__version__, "shares": "2026-01-02"}
+    assert not evaluate._of_these(said, said | {"packaged": {}}) and evaluate._of_these({"a": 1}, {"a": 1} | said)
+    assert not evaluate._of_these({"a": 1}, {"a": 1, "scorer": "s"} | said)
 
 
 def test_files_are_told_by_name_and_content(tmp_path, monkeypatch):
