@@ -47,7 +47,8 @@ RUNS_A_MODEL = ("transformers", "safetensors", "accelerate", "matplotlib")
 Model = Annotated[str, typer.Option(help="Hugging Face causal LM: an id or a folder.")]
 Text = Annotated[pathlib.Path | None, typer.Option(help="Text file to read; default: a public-domain text.")]
 Texts = Annotated[
-    list[pathlib.Path] | None, typer.Option(help="Text file to read; may be repeated. Default: a public-domain text.")
+    list[pathlib.Path] | None,
+    typer.Option(help="Text file to read; may be repeated. Default: half of a public-domain text."),
 ]
 Device = Annotated[str, typer.Option(help="torch device.")]
 

@@ -558,9 +558,9 @@ def run(
             raise models.Unavailable(f"--out is {out}, which holds another evaluation: expected an empty folder")
         check_served(model, policies, ids)
         out.mkdir(exist_ok=True)
-        whole = b"".join(map(_line, lines.values()))
-        if path.exists() and path.read_bytes() != whole:
-            path.with_suffix(".part").write_bytes(whole)
+        kept = b"".join(map(_line, lines.values()))
+        if path.exists() and path.read_bytes() != kept:
+            path.with_suffix(".part").write_bytes(kept)
             path.with_suffix(".part").replace(path)
         left = [sample for sample in range(contexts) if sample not in lines]
         for sample in progress.track(left, description="contexts"):
