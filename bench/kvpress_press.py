@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from kvpress.presses.base_press import BasePress
 from kvpress.presses.scorer_press import compute_n_kept
 from kvpress.utils import get_prerope_query_states
@@ -55,8 +56,17 @@ class PolicyPress(BasePress):
         queries = None
         if self.policy.needs & {"queries", "mass"}:
             queries = get_prerope_query_states(module, hidden_states)
-            cos, sin = (x[:, None] for x in kwargs["position_embeddings"])
-            queries = queries * cos + rotate_half(queries) * sin
+            queries = turned(queries, *kwargs["position_embeddings"])
+            scaling = getattr(module, "scaling", None)
+            if scaling is not None:  # policies know no other scale of logits than 1/√D
+                queries = queries * (scaling * queries.shape[3] ** 0.5)
         seen = Observed(keys=keys, values=values, queries=queries, hidden=hidden_states, layer=module.layer_idx)
         kept = self.policy.select(seen, compute_n_kept(keys.shape[2], self.compression_ratio))
         return ops.compact(keys, values, kept.contiguous(), inplace=False)[:2]
+
+
+def turned(queries, cos, sin):
+    """RoPE of [B, Hq, T, D] by cosines and sines [B, T, R]: of the first R elements, R < D where it is partial."""
+    cos, sin = cos[:, None], sin[:, None]
+    first, rest = queries[..., : cos.shape[-1]], queries[..., cos.shape[-1] :]
+    return torch.cat([first * cos + rotate_half(first) * sin, rest], -1)

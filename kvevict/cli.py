@@ -47,7 +47,8 @@ RUNS_A_MODEL = ("transformers", "safetensors", "accelerate", "matplotlib")
 Model = Annotated[str, typer.Option(help="Hugging Face causal LM: an id or a folder.")]
 Text = Annotated[pathlib.Path | None, typer.Option(help="Text file to read; default: a public-domain text.")]
 Texts = Annotated[
-    list[pathlib.Path] | None, typer.Option(help="Text file to read; may be repeated. Default: a public-domain text.")
+    list[pathlib.Path] | None,
+    typer.Option(help="Text file to read; may be repeated. Default: half of a public-domain text."),
 ]
 Device = Annotated[str, typer.Option(help="torch device.")]
 
@@ -142,12 +143,15 @@ def train(
         int | None, typer.Option(help="Also ask for facts hidden in so many tokens, more than --length, say.")
     ] = None,
     device: Device = "cpu",
-    output: Annotated[pathlib.Path, typer.Option("--out", help="Where the scorer goes (safetensors).")] = pathlib.Path(
+    output: Annotated[str, typer.Option("--out", help="Where the scorer goes: a file, or a folder (or DIR/).")] = (
         "kvevict-scorer.safetensors"
     ),
-    report: Annotated[pathlib.Path, typer.Option(help="Name of the JSON and PNG report.")] = pathlib.Path(
-        "kvevict-train"
-    ),
+    report: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            help="Name of the JSON and PNG report; default: kvevict-train, in the folder of --out if it is one."
+        ),
+    ] = None,
 ) -> None:
     """Fit a learned scorer to a model, which tokens it needs to repeat its text, and measure the model's shares."""
     _require(*RUNS_A_MODEL)
@@ -170,12 +174,13 @@ def budgets(
         0.1,
     ],
     device: Device = "cpu",
-    output: Annotated[pathlib.Path, typer.Option("--out", help="Where the shares go (safetensors).")] = pathlib.Path(
+    output: Annotated[str, typer.Option("--out", help="Where the shares go: a file, or a folder (or DIR/).")] = (
         "kvevict-shares.safetensors"
     ),
-    report: Annotated[pathlib.Path, typer.Option(help="Name of the JSON and PNG report.")] = pathlib.Path(
-        "kvevict-budgets"
-    ),
+    report: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Name of the JSON and PNG report; default: kvevict-budgets, or in the folder of --out."),
+    ] = None,
 ) -> None:
     """Measure how much of the cache each layer and head is worth, for kvevict.policies.Fixed."""
     _require(*RUNS_A_MODEL)

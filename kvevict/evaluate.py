@@ -16,13 +16,14 @@ are those of the contexts' means, because questions about one context are not in
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
 import math
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,15 +32,17 @@ from torch import Tensor
 
 from kvevict import __version__, models, ops, tasks, validate
 from kvevict.colors import line_of
-from kvevict.policies import Fixed, LearnedKV, Observed, Policy, Scorer, Shares, Tracker, model_wide
+from kvevict.policies import Fixed, KeyDiff, LearnedKV, Observed, Policy, Scorer, Shares, Tracker, model_wide
 from kvevict.policies.base import within
-from kvevict.policies.shares import find
+from kvevict.policies.shares import config_hash, find
 
 LEARNED = "learned"
 POLICIES = ("recommended", "keydiff", "snapkv", LEARNED)
 ALL = "all"  # tasks together
 COLUMNS = ("each", "shared", "layer shares", "head shares", "model-wide")
+ATTENTION = frozenset({"mass", "last_used"})  # what is made of the queries
 LAST_STEPS = 64  # of a context, from which last use is noted
+TRIED = 48  # tokens that are read first, to see whether it can be done: more than policies protect
 
 _MARKERS = "osv^D<>PXp*dh" * 3
 
@@ -48,37 +51,91 @@ Layers = list[tuple[Tensor, Tensor]]
 
 
 def read(model: Any, context: list[int]) -> tuple[Layers, models.Captured]:
-    """The cache after reading these tokens, (K, V) of each layer, and what entered each layer's attention."""
+    """(K, V) of each layer that grows, after reading these tokens, and what entered each layer's attention."""
+    cache, captured = fill(model, context)
+    return _grown(cache, growing(model)), captured
+
+
+def growing(model: Any) -> list[int]:
+    """The layers that grow with the text: those with full attention, which evict.
+
+    Raises:
+        ValueError: there are none; or others than these and layers with a window, which are carried along whole.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    kinds = [type(layer) for layer in DynamicCache(config=model.config).layers]
+    found = [i for i, kind in enumerate(kinds) if kind is DynamicLayer]
+    others = {kind.__name__ for kind in kinds} - {"DynamicLayer", DynamicSlidingWindowLayer.__name__}
+    if others or not found:
+        what = f"layers of the kind {', '.join(sorted(others))}" if others else "no layer that grows with the text"
+        raise ValueError(f"{type(model).__name__} has {what}: expected full attention, or some of it beside a window")
+    return found
+
+
+def fill(model: Any, context: list[int], hidden: Collection[int] | None = None) -> tuple[Any, models.Captured]:
+    """The model's cache after reading these tokens, and what entered attention; hidden: as `kvevict.models.capture`."""
     from transformers import DynamicCache
 
-    cache: Any = DynamicCache()
-    with models.capture(model) as captured:
+    cache: Any = DynamicCache(config=model.config)
+    with models.capture(model, hidden) as captured:
         model(torch.tensor([context], device=model.device), past_key_values=cache, logits_to_keep=1)
-    return [(layer.keys, layer.values) for layer in cache.layers], captured
+    return cache, captured
+
+
+def _grown(cache: Any, which: Sequence[int]) -> Layers:
+    return [(cache.layers[i].keys, cache.layers[i].values) for i in which]
 
 
 def observe(
-    layers: Layers, captured: models.Captured, reduce: str = "sum", min_distance: int = 0
+    layers: Layers,
+    captured: models.Captured,
+    reduce: str = "sum",
+    min_distance: int = 0,
+    *,
+    which: Sequence[int] | None = None,
+    needs: Collection[str] = ATTENTION,
 ) -> list[dict[str, Any]]:
     """The fields of Observed for every layer, but keys. Mass is the prompt's, as a Tracker notes it; last use is noted
-    as if the last tokens had been decoded."""
+    as if the last tokens had been decoded. Queries are scaled so that 1/√D is the scale of their logits, as an
+    EvictingCache shows them.
+
+    Args:
+        which: the layers' indices in the model; None: they are all of them.
+        needs: of mass and last_used, what is wanted.
+    """
     observed = []
-    for layer, (keys, values) in enumerate(layers):
+    for layer, (keys, values) in zip(which or range(len(layers)), layers, strict=True):
         queries, hidden = captured.of(layer)
-        B, H, S = keys.shape[:3]
-        tracker = Tracker(B, H, S, keys.device, reduce=reduce, min_distance=min_distance)
-        tracker.append(S)
-        tracker.observe(queries, keys)
-        last = queries[:, :, -LAST_STEPS:].unflatten(1, (H, -1)).float()
-        seen = torch.ones(last.shape[3], S, dtype=torch.bool, device=keys.device).tril(S - last.shape[3])
-        logits = last @ keys[:, :, None].float().mT / math.sqrt(keys.shape[3])
-        weights = logits.masked_fill(~seen, -math.inf).softmax(-1).mean(2)  # [B, H, steps, S]
-        steps = torch.arange(S - last.shape[3], S, device=keys.device)[:, None]
-        used = torch.where(weights >= 1e-3, steps, -1).amax(2).int()
-        observed.append(
-            dict(queries=queries, hidden=hidden, values=values, mass=tracker.mass, last_used=used, layer=layer)
-        )
+        scaling = captured.scaling[layer]
+        usual = queries.shape[3] ** -0.5
+        known = dict(queries=queries if scaling == usual else queries * (scaling / usual), hidden=hidden, values=values,
+                     layer=layer)  # fmt: skip
+        if "mass" in needs:
+            known["mass"] = _mass(queries, keys, scaling, reduce, min_distance)
+        if "last_used" in needs:
+            known["last_used"] = _last_used(queries, keys, scaling)
+        observed.append(known)
     return observed
+
+
+def _mass(queries: Tensor, keys: Tensor, scaling: float, reduce: str, min_distance: int) -> Tensor:
+    B, H, S = keys.shape[:3]
+    tracker = Tracker(B, H, S, keys.device, reduce=reduce, min_distance=min_distance)
+    tracker.append(S)
+    tracker.observe(queries, keys, scale=scaling)
+    return tracker.mass
+
+
+def _last_used(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    H, S = keys.shape[1:3]
+    last = queries[:, :, -LAST_STEPS:].unflatten(1, (H, -1)).float()
+    seen = torch.ones(last.shape[3], S, dtype=torch.bool, device=keys.device).tril(S - last.shape[3])
+    logits = last @ keys[:, :, None].float().mT * scaling
+    weights = logits.masked_fill(~seen, -math.inf).softmax(-1).mean(2)  # [B, H, steps, S]
+    steps = torch.arange(S - last.shape[3], S, device=keys.device)[:, None]
+    return torch.where(weights >= 1e-3, steps, -1).amax(2).int()
 
 
 def choices(
@@ -105,25 +162,38 @@ def choices(
     return found
 
 
-def cut(model: Any, layers: Layers, chosen: list[Tensor]) -> Any:
-    """An EvictingCache of these layers that holds what was chosen."""
+def cut(model: Any, layers: Layers, chosen: list[Tensor], read: Any = None) -> Any:
+    """An EvictingCache of these layers that holds what was chosen. read: the cache they are of, whose layers with a
+    window it holds, too."""
     from kvevict.hf import EvictingCache
     from kvevict.hf.choice import Choice
+    from kvevict.hf.layer import EvictingLayer
 
     cache: Any = EvictingCache(model, budget=2**40)  # evicts no more
-    for layer, (keys, values) in enumerate(layers):
-        cache.update(keys, values, layer)
-        cache.layers[layer]._unread = False  # filled by hand: no attention is due over what update has returned
-        cache.layers[layer].apply(Choice(chosen[layer], (chosen[layer] >= 0).sum(-1)))
+    which = [i for i, layer in enumerate(cache.layers) if isinstance(layer, EvictingLayer)]
+    for i, (keys, values), kept in zip(which, layers, chosen, strict=True):
+        cache.update(keys, values, i)
+        cache.layers[i]._unread = False  # filled by hand: no attention is due over what update has returned
+        cache.layers[i].apply(Choice(kept, (kept >= 0).sum(-1)))
+    for i in set(range(len(cache.layers))).difference(which):
+        cache.layers[i] = read.layers[i]
     return cache
 
 
 def ask(model: Any, cache: Any, seen: int, question: list[int], answer: list[int]) -> Answer:
     """The teacher-forced answer; the cache is as it was."""
+    from kvevict.hf.layer import EvictingLayer
+
     ids = torch.tensor([question + answer], device=model.device)
     positions = torch.arange(seen, seen + ids.shape[1], device=model.device)[None]
+    held = list(cache.layers)
+    # A full window cannot be cropped: copies of such layers bind what is joined, and theirs keep their tensors.
+    cache.layers[:] = [layer if isinstance(layer, EvictingLayer) else copy.copy(layer) for layer in held]
     logits = model(ids, past_key_values=cache, position_ids=positions, logits_to_keep=len(answer) + 1).logits[0, :-1]
-    cache.crop(-ids.shape[1])
+    cache.layers[:] = held
+    for layer in held:
+        if isinstance(layer, EvictingLayer):
+            layer.crop(-ids.shape[1])
     target = ids[0, -len(answer) :, None]
     losses = -logits.float().log_softmax(-1).gather(-1, target)
     return losses.mean().item(), bool((logits.argmax(-1) == target[:, 0]).all())
@@ -134,7 +204,7 @@ def named(names: Sequence[str], model: Any, scorer: pathlib.Path | None = None) 
 
     Raises:
         kvevict.models.Unavailable: a name is not known; the package has no scorer for the model; it has not the weights
-            that a policy reads.
+            that a policy reads, or no layer that evicts.
     """
     from kvevict.hf import EvictingCache
     from kvevict.hf.cache import POLICIES as KNOWN
@@ -145,13 +215,13 @@ def named(names: Sequence[str], model: Any, scorer: pathlib.Path | None = None) 
         try:
             if name == LEARNED and scorer is not None:
                 found[name] = Scorer.load(scorer)
-                EvictingCache(model, found[name], keep=0.5)  # which checks it against the model
             elif name == LEARNED:
                 found[name] = LearnedKV.of_model(model.config)
             elif name in KNOWN:
                 found[name] = bound(KNOWN[name], model)
             else:
                 raise ValueError(f"expected one of {', '.join([*KNOWN, LEARNED])}")
+            EvictingCache(model, found[name], keep=0.5)  # which checks it against the model
         except (OSError, ValueError) as error:
             raise models.Unavailable(f"--policies has {name}: {error}") from error
     return found
@@ -185,16 +255,19 @@ def run_context(
 def _answers(model, tokenizer, prompt, asked, keeps, columns, shares, policies):
     from kvevict.hf.reconstruct import PROMPT, repeat_scores
 
-    layers, captured = read(model, prompt)
+    which = growing(model)
+    needs = frozenset().union(*(policy.needs for policy in policies.values()))
+    cache, captured = fill(model, prompt, which if "hidden" in needs else ())
+    layers = _grown(cache, which)
 
     @functools.cache
     def observed(noted):
-        of_layers = observe(layers, captured, *noted)
+        of_layers = observe(layers, captured, *noted, which=which, needs=needs)
         return [Observed(keys=keys, **o) for (keys, _), o in zip(layers, of_layers, strict=True)]
 
     def answers(chosen):
-        cache = cut(model, layers, chosen)
-        return [ask(model, cache, len(prompt), one.question, one.answer) for one in asked]
+        evicted = cut(model, layers, chosen, cache)
+        return [ask(model, evicted, len(prompt), one.question, one.answer) for one in asked]
 
     everything = [torch.arange(len(prompt), device=k.device).expand(*k.shape[:2], -1) for k, _ in layers]
     results = {"whole": {"whole": {"1.0": answers(everything)}}}
@@ -210,6 +283,34 @@ def _answers(model, tokenizer, prompt, asked, keeps, columns, shares, policies):
             for column in columns
         }
     return results
+
+
+@torch.no_grad()
+def check_served(model: Any, policies: dict[str, Policy], ids: list[int]) -> None:
+    """Read and cut a few tokens as contexts will be, before hours are spent on these.
+
+    Raises:
+        kvevict.models.Unavailable: the model's attention cannot be "kvevict", or is over other keys than those cached;
+            it does not show what a policy reads.
+    """
+    from kvevict.hf import EvictingCache
+    from kvevict.hf.attention import set_up
+
+    if not set_up(model):
+        raise models.Unavailable(
+            f'{type(model).__name__} computes attention in a way of its own: expected one that can be "kvevict"'
+        )
+    prompt, last = ids[:TRIED], ids[TRIED : TRIED + 2]
+    for name, policy in policies.items():
+        try:
+            cache: Any = EvictingCache(model, policy, keep=TRIED - 1)
+            model(torch.tensor([prompt], device=model.device), past_key_values=cache)
+        except ValueError as error:
+            raise models.Unavailable(f"--policies has {name}: {error}") from error
+    try:
+        _answers(model, None, prompt, [tasks.Question("", last[:1], last[1:])], (), (), None, {})
+    except ValueError as error:
+        raise models.Unavailable(str(error)) from error
 
 
 def _shares(policies: dict[str, Policy], config: Any) -> Shares | None:
@@ -230,6 +331,38 @@ def columns_of(names: Sequence[str], shares: Shares | None) -> list[str]:
             hint = " (none are known of the model: see `kvevict budgets`)" if name in COLUMNS else ""
             raise models.Unavailable(f"--budgets has {name!r}{hint}: expected {', '.join(known)}")
     return [column for column in known if not names or column in names]
+
+
+def _check_shares(model: Any, columns: Sequence[str], keeps: Sequence[float], shares: Shares | None) -> None:
+    """Raises:
+    kvevict.models.Unavailable: these are not of the model, or cannot give its layers or heads so much.
+    """
+    from kvevict.hf import EvictingCache
+
+    for column, per in (("head shares", "head"), ("layer shares", "layer")):
+        for keep in keeps if column in columns else ():
+            assert shares is not None
+            try:
+                EvictingCache(model, KeyDiff(), keep=Fixed(shares, keep, per=per))
+            except ValueError as error:
+                raise models.Unavailable(f"shares for {column!r}: {error}") from error
+
+
+def _check_positions(model, tokenizer, tokens, questions, policies) -> None:
+    """Raises:
+    kvevict.models.Unavailable: a question, or a repetition, goes beyond the positions that the model has.
+    """
+    from kvevict.hf.reconstruct import PROMPT
+
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    after = max(len(one.question) + len(one.answer) for _, asked in questions for one in asked)
+    if any("repeated" in policy.needs for policy in policies.values()):  # in chunks of 2,048, and what leads to them
+        repeat = len(tokenizer(PROMPT, add_special_tokens=False)["input_ids"])
+        after = max(after, after + repeat + min(tokens + after, 2056))
+    if most is not None and tokens + after > most:
+        raise models.Unavailable(
+            f"--tokens is {tokens}, and {after} tokens follow a context: expected at most {most}, the model's positions"
+        )
 
 
 def base_of(policy: str, columns: Sequence[str]) -> tuple[str, str]:
@@ -386,8 +519,10 @@ def run(
             raise models.Unavailable(f"--keep is {keep}: expected a share between 0 and 1")
     if contexts < 1:
         raise models.Unavailable(f"--contexts is {contexts}: expected at least 1")
-    if not out.resolve().parent.is_dir():
+    if not out.resolve().parent.is_dir() or (out.exists() and not out.is_dir()):
         raise models.Unavailable(f"--out is {out}: expected a folder in an existing one")
+    path = out / "eval.jsonl"
+    lines = _results(path)
     body = models.read_text(text) if text else second_half()
     models.known_device(device)
 
@@ -400,8 +535,6 @@ def run(
     logging.disable_progress_bar()
     console = Console()
     source = text.name if text else "the Pentateuch's second half"
-    path = out / "eval.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     with Progress(console=console, transient=True) as progress:
         loading = progress.add_task(f"loading {model_name}", total=None)
         model, tokenizer = models.load(model_name, device)
@@ -414,32 +547,45 @@ def run(
         except (OSError, ValueError) as error:
             raise models.Unavailable(str(error)) from error
         columns = columns_of(columns, shares)
-        called = pathlib.Path(model_name).name if pathlib.Path(model_name).is_dir() else model_name
+        _check_shares(model, columns, keeps, shares)
+        _check_positions(model, tokenizer, tokens, questions, policies)
+        called = models.called(model_name)
         settings = dict(model=called, tokens=tokens, policies=names, keeps=keeps, columns=columns, seen=seen,
                         text=_told(text) if text else source, tasks=list(tasks.TASKS))  # fmt: skip
         settings |= {name: _told(path) for name, path in (("scorer", scorer), ("shares", shares_path)) if path}
-        if any(line["settings"] != settings for line in lines):
+        settings |= _unnamed(model, policies, shares, scorer, shares_path)
+        if not all(_of_these(line["settings"], settings) for line in lines.values()):
             raise models.Unavailable(f"--out is {out}, which holds another evaluation: expected an empty folder")
-        model.set_attn_implementation("kvevict")
+        check_served(model, policies, ids)
         out.mkdir(exist_ok=True)
-        done = {line["sample"] for line in lines}
-        left = [sample for sample in range(contexts) if sample not in done]
+        kept = b"".join(map(_line, lines.values()))
+        if path.exists() and path.read_bytes() != kept:
+            path.with_suffix(".part").write_bytes(kept)
+            path.with_suffix(".part").replace(path)
+        left = [sample for sample in range(contexts) if sample not in lines]
         for sample in progress.track(left, description="contexts"):
-            results = run_context(model, tokenizer, *questions[sample], keeps, columns, shares, policies, seen)
+            try:
+                results = run_context(model, tokenizer, *questions[sample], keeps, columns, shares, policies, seen)
+            except ValueError as error:
+                raise models.Unavailable(f"context {sample}: {error}") from error
             asked = [one.task for one in questions[sample][1]]
-            lines.append(dict(sample=sample, settings=settings, tasks=asked, results=results))
-            with path.open("a") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
+            lines[sample] = dict(sample=sample, settings=settings, tasks=asked, results=results)
+            with path.open("ab", buffering=0) as file:  # at once: a line that is cut off is dropped by the next run
+                file.write(_line(lines[sample]))
+    if len(lines) > contexts:
+        console.print(f"{out} holds {len(lines)} contexts: of these, --contexts {contexts}")
+    used = [lines[sample] for sample in range(contexts)]
     base = base_of(names[0], columns)
-    rows = summary(lines, base)
+    rows = summary(used, base)
     caption = (
         f"{called}, {tokens} tokens of {source}, question {'seen' if seen else 'unseen'}, "
-        f"{len(lines)} contexts, torch {torch.__version__}, kvevict {__version__}"
+        f"{contexts} contexts, torch {torch.__version__}, kvevict {__version__}"
     )
-    (out / "eval.json").write_text(json.dumps({"schema": 3, "caption": caption, "base": base, "rows": rows}, indent=1))
+    told = {"schema": 3, "caption": caption, "base": base, "rows": [_strict(row) for row in rows]}
+    (out / "eval.json").write_text(json.dumps(told, indent=1, allow_nan=False))
     (out / "eval.md").write_text(markdown(rows, caption, base, seen))
     drawn = base_of("keydiff" if "keydiff" in names else names[0], columns)
-    draw(summary(lines, drawn), caption, drawn, out / "eval.png")
+    draw(summary(used, drawn), caption, drawn, out / "eval.png")
     together = [row for row in rows if row["task"] == ALL]
     whole = next(row for row in together if row["policy"] == "whole")
     shown = Table(title=f"{caption}\nwhole cache: {whole['loss']:.2f} nats, {whole['hits']:.0%} right")
@@ -453,6 +599,55 @@ def run(
     console.print(shown)
     console.print(f"wrote {out}/eval.json, eval.md, eval.png")
     return rows
+
+
+def _results(path: pathlib.Path) -> dict[int, dict]:
+    """The lines of an eval.jsonl by context, but for a last one that was cut off as it was written.
+
+    Raises:
+        kvevict.models.Unavailable: it cannot be read, or a line is no context's result.
+    """
+    found: dict[int, dict] = {}
+    try:
+        *whole, rest = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    except (OSError, UnicodeDecodeError) as error:
+        raise models.Unavailable(f"cannot read {path}: {error}") from error
+    for number, text in enumerate([*whole, rest], 1):
+        try:
+            line = json.loads(text)
+            if not {"sample", "settings", "tasks", "results"} <= line.keys():
+                raise ValueError("has not all that a result has")
+            found[line["sample"]] = line
+        except (AttributeError, TypeError, ValueError) as error:
+            if number <= len(whole):
+                raise models.Unavailable(
+                    f"{path}, line {number}, is no result of `kvevict eval`: expected an empty folder as --out"
+                ) from error
+    return found
+
+
+def _line(result: dict) -> bytes:
+    return json.dumps(result).encode() + b"\n"
+
+
+def _unnamed(model, policies, shares, scorer, shares_path) -> dict[str, Any]:
+    """What decides the results beside the options: the model's architecture, and what the package carries for it."""
+    packaged = {}
+    if LEARNED in policies and not scorer:
+        packaged["scorer"], packaged["kvevict"] = policies[LEARNED].metadata.get("date"), __version__
+    if shares is not None and not scorer and not shares_path:
+        packaged["shares"] = shares.metadata.get("date")
+    return {"config": config_hash(model.config), "packaged": packaged}
+
+
+def _of_these(found: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether a line was made with these settings. Older ones do not say what `_unnamed` says."""
+    return found == {name: x for name, x in settings.items() if name in found or name not in ("config", "packaged")}
+
+
+def _strict(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN, which an error is that cannot be told."""
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
 
 
 def _told(path: pathlib.Path) -> str:

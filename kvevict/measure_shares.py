@@ -78,10 +78,10 @@ def run(
     tokens: int,
     keep: list[float],
     device: str,
-    output: pathlib.Path,
-    report: pathlib.Path,
+    output: str | pathlib.Path,
+    report: pathlib.Path | None,
 ) -> Shares:
-    """Measure, print the table, write the shares to `output`, and report.json and report.png.
+    """Measure, print the table, write the shares to `output`, and report.json and report.png (`kvevict.models.places`).
 
     Raises:
         kvevict.models.Unavailable: a model, text or device cannot be had, or an option makes no sense.
@@ -96,11 +96,10 @@ def run(
                 f"--keep is {share}: expected a share in (0, 1] of more than the {SINK + RECENT} protected of "
                 f"{tokens} tokens"
             )
-    for path in (output, report):
-        if not path.resolve().parent.is_dir():
-            raise models.Unavailable(f"cannot write {path}: expected a file in an existing folder")
-    bodies = {str(path): models.read_text(path) for path in text} or {"the Pentateuch": models.sample_text()}
+    bodies = models.read_texts(text)
     models.known_device(device)
+    output, report = models.places(output, report, "shares.safetensors", "kvevict-budgets")
+    called = models.called(model_name)
 
     from rich.console import Console
     from rich.progress import Progress
@@ -115,6 +114,7 @@ def run(
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"loading {model_name}", total=None)
         model, tokenizer = models.load(model_name, device)
+        train.check_model(model, rope=False)
 
         def ids(words: str) -> Tensor:
             return torch.tensor(tokenizer(words, add_special_tokens=False)["input_ids"])
@@ -132,7 +132,7 @@ def run(
             raise models.Unavailable(str(error)) from error
 
     metadata = {
-        "model": model_name, "config": config_hash(model.config),
+        "model": called, "config": config_hash(model.config),
         "texts": f"{texts} pieces each of {', '.join(bodies)}", "tokens": str(tokens),
         "protected": f"{SINK} + {RECENT}", "version": __version__,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -145,7 +145,7 @@ def run(
         "table": [[[round(x, 5) for x in row] for row in rows] for rows in table.tolist()],
     }
     report.with_suffix(".json").write_text(json.dumps(result) + "\n")
-    title = f"{model_name}: {len(pieces)} texts of {tokens} tokens"
+    title = f"{called}: {len(pieces)} texts of {tokens} tokens"
     draw(shares, title, report.with_suffix(".png"))
     shown = Table(title=f"{title}; share of its tokens that a head keeps: mean, least - most of the layer")
     shown.add_column("layer", justify="right")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -161,6 +161,61 @@ def sample_text() -> str:
     return importlib.resources.files("kvevict").joinpath("data/pentateuch-kjv.txt").read_text(encoding="utf-8")
 
 
+def first_half() -> str:
+    """Of `sample_text`, which scorers and shares are measured on: the second is for questions."""
+    text = sample_text()
+    return text[: len(text) // 2]
+
+
+def read_texts(paths: Sequence[pathlib.Path]) -> dict[str, str]:
+    """The texts in these files, by the files' names, of which a second one of the same name is "name (2)"; none:
+    `first_half`. Where they lie is nobody's business: names go into what is published.
+
+    Raises:
+        Unavailable: one cannot be read.
+    """
+    bodies: dict[str, str] = {}
+    for path in dict.fromkeys(paths):
+        name, count = path.name, 1
+        while name in bodies:
+            count += 1
+            name = f"{path.name} ({count})"
+        bodies[name] = read_text(path)
+    return bodies or {"the Pentateuch's first half": first_half()}
+
+
+def called(name: str) -> str:
+    """A model's name, as it is published: its id, or a local folder's name."""
+    path = pathlib.Path(name)
+    return path.resolve().name if path.is_dir() else name
+
+
+def places(
+    output: str | pathlib.Path, report: pathlib.Path | None, name: str, report_name: str
+) -> tuple[pathlib.Path, pathlib.Path]:
+    """(file, report) to write: `output` itself, or, where that is a folder or ends in "/", `name` in it, and then the
+    report, unless it is given, beside it. A folder is made.
+
+    Raises:
+        Unavailable: one of them cannot be written.
+    """
+    path = pathlib.Path(output)
+    if path.is_dir() or str(output).endswith("/"):
+        try:
+            path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise Unavailable(f"cannot make the folder {path}: {error.strerror}") from error
+        path, report = path / name, report or path / report_name
+    report = report or pathlib.Path(report_name)
+    for file in (path, report.with_suffix(".json"), report.with_suffix(".png")):
+        folder = file.resolve().parent
+        if not folder.is_dir() or file.is_dir():
+            raise Unavailable(f"cannot write {file}: expected a file in an existing folder")
+        if not os.access(file if file.exists() else folder, os.W_OK):
+            raise Unavailable(f"cannot write {file}: no permission")
+    return path, report
+
+
 def read_text(path: pathlib.Path | None) -> str:
     """The text in a file; None: `sample_text`.
 
@@ -179,42 +234,50 @@ class Captured:
     def __init__(self) -> None:
         self.queries: dict[int, list[torch.Tensor]] = {}  # [B, Hq, T, D], after RoPE
         self.hidden: dict[int, list[torch.Tensor]] = {}  # [B, T, M], after the layer's norm
+        self.scaling: dict[int, float] = {}  # of the attention logits
 
-    def of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(queries, hidden) of a layer, its forwards joined along the sequence."""
-        return torch.cat(self.queries[layer], 2), torch.cat(self.hidden[layer], 1)
+    def of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(queries, hidden) of a layer, its forwards joined along the sequence; None: hidden states were not noted."""
+        hidden = self.hidden.get(layer)
+        return torch.cat(self.queries[layer], 2), None if hidden is None else torch.cat(hidden, 1)
 
 
 @contextlib.contextmanager
-def capture(model: Any) -> Iterator[Captured]:
-    """Note every attention layer's queries and inputs of the forwards inside the block.
+def capture(model: Any, hidden: Collection[int] | None = None) -> Iterator[Captured]:
+    """Note every attention layer's queries, and the inputs of some, of the forwards inside the block.
 
     Through transformers' AttentionInterface: attention itself is computed by SDPA as before, and afterwards the model
     is as it was.
+
+    Args:
+        hidden: the layers whose inputs are noted; None: all.
+
+    Raises:
+        ValueError: there is no attention by its name in one of these.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
+
+    from kvevict.hf.attention import sdpa
+    from kvevict.hf.hidden import noting
 
     captured = Captured()
 
-    def attend(module, query, key, value, attention_mask, **options):
+    def attend(module, query, key, value, attention_mask, scaling=None, **options):
         captured.queries.setdefault(module.layer_idx, []).append(query)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        captured.scaling[module.layer_idx] = query.shape[3] ** -0.5 if scaling is None else scaling
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
 
-    def note_input(module, arguments, options):
-        hidden = options["hidden_states"] if "hidden_states" in options else arguments[0]
-        captured.hidden.setdefault(module.layer_idx, []).append(hidden)
+    def note(layer: int, entering: torch.Tensor, _: Any) -> None:
+        captured.hidden.setdefault(layer, []).append(entering)
 
     AttentionInterface.register("kvevict_capture", attend)
     AttentionMaskInterface.register("kvevict_capture", sdpa_mask)
-    before = model.config._attn_implementation
-    attentions = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
-    hooks = [m.register_forward_pre_hook(note_input, with_kwargs=True) for m in attentions]
-    model.set_attn_implementation("kvevict_capture")
-    try:
-        yield captured
-    finally:
-        model.set_attn_implementation(before)
-        for hook in hooks:
-            hook.remove()
+    config = model.config.get_text_config(decoder=True)
+    before = config._attn_implementation
+    with noting(model, range(config.num_hidden_layers) if hidden is None else hidden, note):
+        model.set_attn_implementation("kvevict_capture")
+        try:
+            yield captured
+        finally:
+            model.set_attn_implementation(before)

@@ -39,15 +39,17 @@ def facts_of(model: Any, tokenizer: Any, policy: Any, ids: list[int], tokens: in
     losses: dict[str, list[float]] = {}
     before = model.config.get_text_config(decoder=True)._attn_implementation
     model.set_attn_implementation("kvevict")
-    for sample in range(FACT_CONTEXTS):
-        context, asked = tasks.build(sample, tokenizer, ids, tokens)
-        found = evaluate.run_context(
-            model, tokenizer, context, asked, (0.25, 0.1), ("model-wide",), None, {"learned": policy}
-        )
-        cells = found["whole"]["whole"] | found["learned"]["model-wide"]
-        for keep, answers in cells.items():
-            losses.setdefault(keep, []).extend(loss for loss, _ in answers)
-    model.set_attn_implementation(before)
+    try:
+        for sample in range(FACT_CONTEXTS):
+            context, asked = tasks.build(sample, tokenizer, ids, tokens)
+            found = evaluate.run_context(
+                model, tokenizer, context, asked, (0.25, 0.1), ("model-wide",), None, {"learned": policy}
+            )
+            cells = found["whole"]["whole"] | found["learned"]["model-wide"]
+            for keep, answers in cells.items():
+                losses.setdefault(keep, []).extend(loss for loss, _ in answers)
+    finally:
+        model.set_attn_implementation(before)
     means = {keep: round(sum(values) / len(values), 4) for keep, values in losses.items()}
     return {"tokens": tokens, "questions": len(losses["1.0"]), "loss": means}
 
@@ -70,6 +72,22 @@ def draw(correlation: dict[str, list[float]], title: str, output: pathlib.Path) 
         plt.close(figure)
 
 
+def check_model(model: Any, *, rope: bool) -> None:
+    """Raises:
+    kvevict.models.Unavailable: no layer evicts; it has no RoPE, and features "kv" are made of that.
+    """
+    from kvevict import evaluate
+
+    try:
+        evaluate.growing(model)
+    except ValueError as error:
+        raise models.Unavailable(str(error)) from error
+    if rope and not any(type(module).__name__.endswith("RotaryEmbedding") for module in model.modules()):
+        raise models.Unavailable(
+            f"--features is kv, keys before RoPE, and {type(model).__name__} has no RoPE: expected h or mlp"
+        )
+
+
 def run(
     model_name: str,
     text: list[pathlib.Path],
@@ -79,11 +97,11 @@ def run(
     epochs: int,
     facts: int | None,
     device: str,
-    output: pathlib.Path,
-    report: pathlib.Path,
+    output: str | pathlib.Path,
+    report: pathlib.Path | None,
 ) -> Any:
-    """Fit, print the figures, write the scorer to `output`, and report.json and report.png. Returns the Fit. facts:
-    length of the contexts in which some are hidden; None: none are.
+    """Fit, print the figures, write the scorer to `output`, and report.json and report.png (`kvevict.models.places`).
+    Returns the Fit. facts: length of the contexts in which some are hidden; None: none are.
 
     Raises:
         kvevict.models.Unavailable: a model, text or device cannot be had, or an option makes no sense.
@@ -98,11 +116,10 @@ def run(
         raise models.Unavailable(f"--epochs is {epochs}: expected at least 1")
     if facts is not None and facts < LEAST:
         raise models.Unavailable(f"--facts is {facts}: expected at least {LEAST} tokens, to hide them in")
-    for path in (output, report):
-        if not path.resolve().parent.is_dir():
-            raise models.Unavailable(f"cannot write {path}: expected a file in an existing folder")
-    bodies = {str(path): models.read_text(path) for path in text} or {"the Pentateuch": models.sample_text()}
+    bodies = models.read_texts(text)
     models.known_device(device)
+    output, report = models.places(output, report, "scorer.safetensors", "kvevict-train")
+    called = models.called(model_name)
 
     from rich.console import Console
     from rich.progress import Progress
@@ -121,6 +138,7 @@ def run(
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"loading {model_name}", total=None)
         model, tokenizer = models.load(model_name, device)
+        check_model(model, rope=features == "kv")
 
         def ids(words: str) -> Tensor:
             return torch.tensor(tokenizer(words, add_special_tokens=False)["input_ids"])
@@ -135,7 +153,7 @@ def run(
         pieces = [piece for same_place in zip(*of_texts, strict=True) for piece in same_place]
         held_out = max(len(pieces) // 8, 1)
         metadata = {
-            "model": model_name, "texts": f"{len(pieces) - held_out} pieces of {', '.join(bodies)}",
+            "model": called, "texts": f"{len(pieces) - held_out} pieces of {', '.join(bodies)}",
             "tokens": str(length), "version": __version__,
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         }  # fmt: skip
@@ -148,24 +166,28 @@ def run(
                 model, pieces, ids(PROMPT), features=features, held_out=held_out, epochs=epochs, metadata=metadata,
                 progress=show,
             )  # fmt: skip
-            told = None
-            if facts is not None:
-                progress.update(task, description="asking for hidden facts", completed=0, total=None)
-                hidden_in = next(iter(encoded.values()))[:skipped].tolist()
-                told = facts_of(model, tokenizer, found.policy, hidden_in, facts)
-                policy = replace(found.policy, metadata={**found.policy.metadata, "facts": json.dumps(told)})
-                found = replace(found, policy=policy)
         except ValueError as error:
             raise models.Unavailable(str(error)) from error
+        found.policy.save(output)  # whatever becomes of the questions
+        told = None
+        if facts is not None:
+            progress.update(task, description="asking for hidden facts", completed=0, total=None)
+            hidden_in = next(iter(encoded.values()))[:skipped].tolist()
+            try:
+                told = facts_of(model, tokenizer, found.policy, hidden_in, facts)
+            except ValueError as error:
+                raise models.Unavailable(f"--facts: {error}; the scorer is written, without them: {output}") from error
+            policy = replace(found.policy, metadata={**found.policy.metadata, "facts": json.dumps(told)})
+            found = replace(found, policy=policy)
+            policy.save(output)
     seconds = time.perf_counter() - start
-    found.policy.save(output)
     means = {name: sum(values) / len(values) for name, values in found.correlation.items()}
     shares = found.policy.shares
     measured = None if shares is None else {"keeps": shares.keeps, "table": shares.table.tolist()}
     result = {**found.policy.metadata, "seconds": seconds, "spearman": means, "spearman_per_layer": found.correlation,
               "shares": measured, "facts": told}  # fmt: skip
     report.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    title = f"{model_name}, {features}: {len(pieces)} texts of {length} tokens, {held_out} held out, {seconds:.0f} s"
+    title = f"{called}, {features}: {len(pieces)} texts of {length} tokens, {held_out} held out, {seconds:.0f} s"
     draw(found.correlation, title, report.with_suffix(".png"))
     table = Table(title=title)
     table.add_column("scorer")

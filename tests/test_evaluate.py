@@ -8,12 +8,15 @@ import torch
 
 pytest.importorskip("transformers")
 
+import test_hf
+import transformers
 from test_quality import TEXT, Characters, tiny
 from transformers import DynamicCache
 
 import kvevict
 from kvevict import cli, evaluate, models, tasks
-from kvevict.policies import FAR, KeyDiff, Learned, Shares
+from kvevict.hf import EvictingCache
+from kvevict.policies import FAR, TOVA, AttentionMass, KeyDiff, Learned, Shares
 
 NAMES = ("recommended", "keydiff", "snapkv", "kvzip")
 BASE = ("recommended", "shared")
@@ -150,23 +153,69 @@ def test_a_question_that_is_seen_is_part_of_what_is_cut():
 def test_it_goes_on_where_it_was_and_refuses_what_is_not_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load", lambda name, device: (tiny(), Characters()))
     monkeypatch.setattr(models, "sample_text", lambda: "in the beginning " * 300)
-    out = tmp_path / "eval"
+    out, done = tmp_path / "eval", []
+
+    def read(model, tokenizer, context, asked, keeps, columns, shares, policies, seen):
+        done.append(context)
+        cells = {column: {str(keep): [(0.5 + len(done), True)] * len(asked) for keep in keeps} for column in columns}
+        return {"whole": {"whole": {"1.0": [(0.5, True)] * len(asked)}}} | dict.fromkeys(policies, cells)
+
+    monkeypatch.setattr(evaluate, "run_context", read)
 
     def run(contexts, keeps=(0.5,)):
         with kvevict.backend("reference"):
             return evaluate.run(
-                "tiny", None, 1000, contexts, ["keydiff", "recency"], keeps, [], None, None, False, "cpu", out
+                "tiny", None, 1000, contexts, ["keydiff", "recency"], keeps, ["each"], None, None, False, "cpu", out
             )
 
     run(1)
     first = (out / "eval.jsonl").read_text()
     rows = run(2)
-    assert (out / "eval.jsonl").read_text().startswith(first) and rows[0]["contexts"] == 2
+    both = (out / "eval.jsonl").read_text()
+    assert both.startswith(first) and rows[0]["contexts"] == 2
     saved = json.loads((out / "eval.json").read_text())
-    assert saved["base"] == ["keydiff", "each"] and len(saved["rows"]) == 5 * (1 + 2 * 3)
+    assert saved["base"] == ["keydiff", "each"] and len(saved["rows"]) == 5 * (1 + 2)
     assert (out / "eval.png").stat().st_size > 10_000 and "| recency |" in (out / "eval.md").read_text()
+    monkeypatch.setattr(evaluate, "draw", lambda *_: None)
     with pytest.raises(models.Unavailable, match="holds another evaluation"):
         run(2, keeps=(0.25,))
+    assert run(1)[0]["contexts"] == 1 and (out / "eval.jsonl").read_text() == both  # as many as are asked for
+    told = json.loads((out / "eval.json").read_text(), parse_constant=pytest.fail)  # strictly JSON, no NaN
+    assert told["rows"][0]["over_whole_error"] is None
+
+    def without(line):  # as older versions wrote it
+        line["settings"] = {k: v for k, v in line["settings"].items() if k not in ("config", "packaged")}
+        return json.dumps(line) + "\n"
+
+    (out / "eval.jsonl").write_text(without(json.loads(first)) + both.splitlines()[1][:500])  # and was killed
+    monkeypatch.setattr(evaluate, "check_served", lambda *_: None)
+    done = []
+    monkeypatch.setattr(
+        evaluate, "run_context", lambda *_: done.append(0) or json.loads(both.splitlines()[1])["results"]
+    )
+    assert run(2)[0]["contexts"] == 2 and len(done) == 1
+    assert [json.loads(line)["sample"] for line in (out / "eval.jsonl").read_text().splitlines()] == [0, 1]
+
+
+def test_what_is_no_evaluation_is_refused(tmp_path):
+    def run(out):
+        evaluate.run("x", None, 1000, 1, ["keydiff"], [0.5], [], None, None, False, "cpu", out)
+
+    (tmp_path / "eval.jsonl").write_text('{"sample": 0}\n')
+    with pytest.raises(models.Unavailable, match=r"eval\.jsonl, line 1, is no result of `kvevict eval`"):
+        run(tmp_path)
+    with pytest.raises(models.Unavailable, match=r"--out is .*eval\.jsonl: expected a folder"):
+        run(tmp_path / "eval.jsonl")
+
+
+def test_settings_say_which_scorer_the_package_had():
+    model, shares = tiny(), Shares((0.5,), torch.ones(1, 2, 2), {"date": "2026-01-02"})
+    weights = (torch.zeros(2, 2, 32), torch.zeros(2, 2))
+    policies = {"learned": Learned(weights=weights, metadata={"date": "2026-01-01"})}
+    said = evaluate._unnamed(model, policies, shares, None, None)
+    assert said["packaged"] == {"scorer": "2026-01-01", "kvevict": kvevict.__version__, "shares": "2026-01-02"}
+    assert not evaluate._of_these(said, said | {"packaged": {}}) and evaluate._of_these({"a": 1}, {"a": 1} | said)
+    assert not evaluate._of_these({"a": 1}, {"a": 1, "scorer": "s"} | said)
 
 
 def test_files_are_told_by_name_and_content(tmp_path, monkeypatch):
@@ -255,3 +304,78 @@ def test_a_scorer_of_hidden_states_is_read_from_its_file(tmp_path):
         evaluate.named(["learned"], model, path)
     with pytest.raises(models.Unavailable, match="--policies has learned: .*none"):
         evaluate.named(["learned"], model, tmp_path / "none")
+
+
+WINDOW = dict(sliding_window=24, num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
+FAMILIES = {
+    "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM, WINDOW | dict(head_dim=16)),
+    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM, {}),
+    "gpt_neox": (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM, {}),
+    "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM, dict(attention_multiplier=0.02)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_what_is_kept_and_answered_is_an_evicting_caches(family):
+    """Layers with a window are carried along; projections have any name; logits have the model's own scale."""
+    config, model_class, options = FAMILIES[family]
+    model = test_hf.tiny(config, model_class, **options)
+    model.set_attn_implementation("kvevict")
+    ids = [token % 120 for token in TEXT]
+    context, asked = ids[:100], [tasks.Question("fact", ids[i : i + 9], ids[i + 9 : i + 12]) for i in (100, 130)]
+    count, heads = model.config.num_hidden_layers, EvictingCache(model, keep=0.5)._heads
+    weights = torch.randn(count, heads, model.config.hidden_size), torch.zeros(count, heads)
+    policies = dict(keydiff=KeyDiff(), tova=TOVA(), attention=AttentionMass(), learned=Learned(weights=weights))
+    if family == "gpt_neox":  # whose attention is not told of its cache by name, which hidden states need
+        del policies["learned"]
+    with kvevict.backend("reference"):
+        evaluate.check_served(model, policies, ids)
+        results = evaluate.run_context(
+            model, Characters(), context, asked, [0.5], ["each", "shared", "model-wide"], None, policies
+        )
+        for name, policy in policies.items():
+            column = {"learned": "model-wide", "tova": "shared"}.get(name, "each")
+            for i, (_, question, answer) in enumerate(asked):
+                cache = EvictingCache(model, policy, keep=0.5)
+                model(torch.tensor([context]), past_key_values=cache)
+                logits = model(torch.tensor([question + answer]), past_key_values=cache).logits[0].log_softmax(-1)
+                target = torch.tensor(answer)[:, None]
+                loss = -logits[-len(answer) - 1 : -1].gather(-1, target).mean().item()
+                assert results[name][column]["0.5"][i][0] == pytest.approx(loss, rel=1e-4)
+    assert results["keydiff"] != results["tova"]
+
+
+UNSERVED = {
+    "no layer that grows": (transformers.MistralConfig, transformers.MistralForCausalLM, dict(sliding_window=24)),
+    "kvzip: heads are to keep": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM, dict(
+        q_lora_rank=None, kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
+        num_key_value_heads=4, first_k_dense_replace=8)),
+    "expected at most 512, the model's positions": (transformers.LlamaConfig, transformers.LlamaForCausalLM, dict(
+        max_position_embeddings=512)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", UNSERVED)
+def test_models_that_are_not_served_are_refused_before_a_context_is_read(said, tmp_path, monkeypatch):
+    config, model_class, options = UNSERVED[said]
+    model = test_hf.tiny(config, model_class, vocab_size=128, **options)
+    monkeypatch.setattr(models, "load", lambda name, device: (model, Characters()))
+    monkeypatch.setattr(models, "sample_text", lambda: "in the beginning " * 300)
+    with pytest.raises(models.Unavailable, match=said) as caught, kvevict.backend("reference"):
+        evaluate.run("x", None, 1000, 1, ["kvzip"], [0.5], [], None, None, False, "cpu", tmp_path / "eval")
+    assert len(str(caught.value).splitlines()) == 1 and not (tmp_path / "eval").exists()
+
+
+@torch.no_grad()
+def test_what_attention_does_not_show_and_shares_of_another_model_are_refused(tmp_path, monkeypatch):
+    options = WINDOW | dict(head_dim=16, num_local_experts=2, num_experts_per_tok=1)
+    model = test_hf.tiny(transformers.GptOssConfig, transformers.GptOssForCausalLM, **options)
+    with pytest.raises(models.Unavailable, match="--policies has attention: .*attention sinks"):
+        evaluate.check_served(model, {"attention": AttentionMass()}, [token % 120 for token in TEXT])
+    Shares((0.5,), torch.ones(1, 3, 2)).save(tmp_path / "s.safetensors")
+    monkeypatch.setattr(models, "load", lambda name, device: (tiny(), Characters()))
+    monkeypatch.setattr(models, "sample_text", lambda: "in the beginning " * 300)
+    with pytest.raises(models.Unavailable, match="shares for 'head shares': .*3"), kvevict.backend("reference"):
+        evaluate.run("x", None, 1000, 1, ["keydiff"], [0.5], ["head shares"], None, tmp_path / "s.safetensors", False,
+                     "cpu", tmp_path / "eval")  # fmt: skip

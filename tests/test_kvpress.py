@@ -9,17 +9,20 @@ import torch
 
 kvpress = pytest.importorskip("kvpress")
 
+import transformers
 from test_hf import prompt, tiny
 from transformers import DynamicCache
 
 import kvevict
 from bench.kvpress_press import PolicyPress
 from kvevict import models
+from kvevict.hf import EvictingCache
 from kvevict.hf.rotary import inv_freq
 from kvevict.hf.weights import output_weights
 from kvevict.policies import (
     LRU,
     RECOMMENDED,
+    TOVA,
     AttentionMass,
     ExpectedAttention,
     KeyDiff,
@@ -108,6 +111,19 @@ def test_a_press_shows_a_policy_what_our_own_capture_does(layers, policy):
         for mine, whole in zip(layer, (keys, values), strict=True):
             expected = whole.gather(2, kept[..., None].expand(-1, -1, -1, whole.shape[3]))
             torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family, options", [
+    ("Granite", dict(attention_multiplier=0.05)), ("Phi3", dict(partial_rotary_factor=0.5)),
+])  # fmt: skip
+def test_a_press_keeps_what_an_evicting_cache_does(family, options):
+    """A scale of the logits that is the model's own; RoPE of a half of each head."""
+    model = tiny(getattr(transformers, f"{family}Config"), getattr(transformers, f"{family}ForCausalLM"), **options)
+    ours, cache = pressed(PolicyPress(0.5, TOVA()), model), EvictingCache(model, TOVA(), keep=65)
+    with torch.no_grad(), kvevict.backend("reference"):
+        model(prompt(130), past_key_values=cache)
+    for layer, held in zip(ours, cache.layers, strict=True):
+        torch.testing.assert_close(layer, (held.keys, held.values), rtol=1e-4, atol=1e-5)
 
 
 def test_a_press_refuses_what_it_cannot_serve():

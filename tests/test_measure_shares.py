@@ -77,7 +77,8 @@ def test_the_command_writes_shares_that_fit_the_model(model, tmp_path, monkeypat
         return {"input_ids": [ord(c) % 60 for c in text]}
 
     monkeypatch.setattr(measure_shares.models, "load", lambda name, device: (model, tokenizer))
-    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    (tmp_path / "more").mkdir()
+    texts = [tmp_path / "b.txt", tmp_path / "more/b.txt"]
     for text, words in zip(texts, ("in the beginning ", "once upon a time "), strict=True):
         text.write_text(words * 140)
     out, report = tmp_path / "tiny.safetensors", tmp_path / "tiny.report"
@@ -85,13 +86,14 @@ def test_the_command_writes_shares_that_fit_the_model(model, tmp_path, monkeypat
     shares = Shares.load(out)
     assert shares.keeps == (0.7, 0.9) and torch.equal(shares.table, found.table)
     assert shares.metadata["config"] == config_hash(model.config) and shares.metadata["model"] == "tiny"
-    assert str(texts[1]) in shares.metadata["texts"] and shares.metadata["tokens"] == str(S)
+    assert shares.metadata["texts"] == "2 pieces each of b.txt, b.txt (2)" and shares.metadata["tokens"] == str(S)
     said = json.loads((tmp_path / "tiny.json").read_text())
     torch.testing.assert_close(torch.tensor(said["table"]), shares.table, rtol=0, atol=1e-5)
+    assert str(tmp_path) not in out.read_bytes().decode(errors="ignore") + json.dumps(said)
     assert said["keeps"] == [0.7, 0.9] and (tmp_path / "tiny.png").stat().st_size > 10_000
     assert "most favoured of 6 heads" in " ".join(capsys.readouterr().out.split())
     texts[1].write_text("too short")
-    with pytest.raises(measure_shares.models.Unavailable, match=r"b\.txt: the text has 9 tokens"):
+    with pytest.raises(measure_shares.models.Unavailable, match=r"b\.txt \(2\): the text has 9 tokens"):
         measure_shares.run("tiny", texts, 2, S, [0.9], "cpu", out, report)
     counts = Fixed(out, 0.8).per_head(3, 2, 100, protected=36)
     assert sum(map(sum, counts)) == 480

@@ -131,6 +131,77 @@ def test_bad_options_end_in_one_line(arguments, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def characters(text, add_special_tokens):
+    return {"input_ids": [ord(c) % 100 for c in text]}
+
+
+@pytest.fixture
+def run(model, tmp_path, monkeypatch):
+    """The whole command, on a tiny model, by what `--out` says."""
+    monkeypatch.setenv("KVEVICT_BACKEND", "reference")
+    monkeypatch.setattr(models, "load", lambda name, device: (model, characters))
+    monkeypatch.setattr(models, "sample_text", lambda: "in the beginning " * 300)
+    monkeypatch.chdir(tmp_path)
+
+    def command(out, model_name=str(tmp_path), text=(), facts=None, features="kv"):
+        return train.run(model_name, list(text), features, 400, 100, 1, facts, "cpu", out, None)
+
+    return command
+
+
+def test_out_may_be_a_folder_and_tells_no_path(run, tmp_path):
+    run("made/")
+    assert sorted(file.name for file in (tmp_path / "made").iterdir()) == [
+        "kvevict-train.json", "kvevict-train.png", "scorer.safetensors"
+    ]  # fmt: skip
+    told = Scorer.load("made/scorer.safetensors").metadata
+    assert told["model"] == tmp_path.name and told["texts"] == "3 pieces of the Pentateuch's first half"
+    assert str(tmp_path) not in (tmp_path / "made/kvevict-train.json").read_text()
+    (tmp_path / "text.txt").write_text("in the beginning " * 200)
+    run(str(tmp_path / "made"), text=[tmp_path / "text.txt"])
+    assert Scorer.load("made/scorer.safetensors").metadata["texts"] == "3 pieces of text.txt"
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder/scorer.safetensors").mkdir(parents=True)
+    for out in ("file/", "none/file", "none/folder/", "folder/"):
+        with pytest.raises(models.Unavailable, match=r"^cannot (write|make the folder) (file|none|folder)"):
+            run(out)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(models.Unavailable, match="cannot write s: no permission"):
+        run("s")
+
+
+def test_the_scorer_is_there_when_the_questions_fail(run, model, tmp_path, monkeypatch):
+    from kvevict import evaluate
+
+    def fails(*_):
+        assert model.config._attn_implementation == "kvevict"
+        raise ValueError("no")
+
+    monkeypatch.setattr(evaluate, "run_context", fails)
+    before = model.config._attn_implementation
+    with pytest.raises(models.Unavailable, match="--facts: no; the scorer is written, without them: s"):
+        run("s", facts=900)
+    assert "facts" not in Scorer.load("s").metadata and model.config._attn_implementation == before
+
+
+def test_models_without_rope_or_a_layer_that_grows_are_refused_in_words_of_theirs(run, monkeypatch):
+    import transformers
+
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2))
+    monkeypatch.setattr(models, "load", lambda *_: (gpt2, characters))
+    with pytest.raises(models.Unavailable, match="GPT2LMHeadModel has no RoPE: expected h or mlp"):
+        run("s")
+    config = transformers.MistralConfig(vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                        num_attention_heads=2, num_key_value_heads=2, sliding_window=8)  # fmt: skip
+    monkeypatch.setattr(models, "load", lambda *_: (transformers.MistralForCausalLM(config), characters))
+    with pytest.raises(models.Unavailable, match="MistralForCausalLM has no layer that grows with the text"):
+        run("s", features="h")
+
+
 @pytest.mark.slow  # two readings of every text
 @pytest.mark.parametrize("features, count", [("kv", 30 * 3 * 132), ("h", 30 * 3 * 576)])
 def test_smollm2(features, count, tmp_path):
