@@ -13,39 +13,41 @@ from kvevict import models
 
 QUOTED = pathlib.Path(kvevict.__file__).parent / "data/quality.json"
 EQUAL = {"tova + keydiff": "RECOMMENDED", "keydiff": "KeyDiff"}  # as bench.quality calls them
-SHARED_OUT = {  # as kvevict eval does, and the budgets
-    "recommended": ("RECOMMENDED", ("layer shares", "head shares")),
-    "keydiff": ("KeyDiff", ("layer shares", "head shares")),
-    "learned": ("learned", ("layer shares", "head shares", "model-wide")),
+SHARED_OUT = {  # as kvevict eval does: its columns, and what the planner calls them
+    "recommended": ("RECOMMENDED", dict(shared="equal") | dict.fromkeys(("layer shares", "head shares"))),
+    "keydiff": ("KeyDiff", dict(each="equal") | dict.fromkeys(("layer shares", "head shares"))),
+    "learned": ("learned", dict.fromkeys(("layer shares", "head shares", "model-wide"))),
 }
-# Results of bench.quality, and of kvevict eval: file, tokens, whether the question was in what was cut.
-OF_POLICIES = (("quality-1000.json", 1000), ("quality-4000.json", 4000))
-OF_BUDGETS = (("quality-shares-1000.json", 1000, "unseen"),)
+# Results of bench.quality and of kvevict eval: file, tokens, whether the question was in what was cut. Those of a few
+# questions (quality-4000) are not quoted.
+OF_POLICIES = (("quality-1000.json", 1000, "seen"),)
+OF_BUDGETS = (
+    ("eval-smollm2-135m-unseen-1000/eval.json", 1000, "unseen"),
+    ("eval-smollm2-135m-unseen-2000/eval.json", 2000, "unseen"),
+)
 
 
 def rows(folder=RESULTS / "cpu", model=models.SMOLLM2):
     """All rows to quote of the model."""
     found = []
-    for name, tokens in OF_POLICIES:
-        found += of_policies(json.loads((folder / name).read_text())["rows"], model, tokens)
+    for name, tokens, mode in OF_POLICIES:
+        found += of_policies(json.loads((folder / name).read_text())["rows"], model, tokens, mode)
     for name, tokens, mode in OF_BUDGETS:
         found += of_budgets(json.loads((folder / name).read_text())["rows"], model, tokens, mode)
     return found
 
 
-def of_policies(results, model, tokens):
+def of_policies(results, model, tokens, mode):
     """Of bench.quality's tasks that ask for something in the text."""
+    asked = [row for row in results if row["mode"] == mode and row["task"] != "continuation"]
+    whole = sum(row["hits"] * row["samples"] for row in asked if row["policy"] == "whole")
+    samples = sum(row["samples"] for row in asked if row["policy"] == "whole")
     found = []
-    for mode in ("unseen", "seen"):
-        asked = [row for row in results if row["mode"] == mode and row["task"] != "continuation"]
-        whole = sum(row["hits"] * row["samples"] for row in asked if row["policy"] == "whole")
-        samples = sum(row["samples"] for row in asked if row["policy"] == "whole")
-        keeps = dict.fromkeys(row["keep"] for row in asked if row["policy"] != "whole")
-        for policy, name in EQUAL.items():
-            for keep in keeps:
-                hits = sum(r["hits"] * r["samples"] for r in asked if (r["policy"], r["keep"]) == (policy, keep))
-                found.append(dict(model=model, tokens=tokens, mode=mode, policy=name, budget="equal", keep=keep,
-                                  samples=samples, kept=round(hits / whole, 3)))  # fmt: skip
+    for policy, name in EQUAL.items():
+        for keep in dict.fromkeys(row["keep"] for row in asked if row["policy"] != "whole"):
+            hits = sum(r["hits"] * r["samples"] for r in asked if (r["policy"], r["keep"]) == (policy, keep))
+            found.append(dict(model=model, tokens=tokens, mode=mode, policy=name, budget="equal", keep=keep,
+                              samples=samples, kept=round(hits / whole, 3)))  # fmt: skip
     return found
 
 
@@ -55,9 +57,10 @@ def of_budgets(results, model, tokens, mode):
     whole = next(row["hits"] for row in asked if row["policy"] == "whole")
     found = []
     for row in asked:
-        name, budgets = SHARED_OUT.get(row["policy"], ("", ()))
+        name, budgets = SHARED_OUT.get(row["policy"], ("", {}))
         if row["column"] in budgets:
-            found.append(dict(model=model, tokens=tokens, mode=mode, policy=name, budget=row["column"],
+            budget = budgets[row["column"]] or row["column"]
+            found.append(dict(model=model, tokens=tokens, mode=mode, policy=name, budget=budget,
                               keep=row["keep"], samples=row["questions"],
                               kept=round(row["hits"] / whole, 3)))  # fmt: skip
     return found

@@ -228,7 +228,8 @@ def test_what_is_quoted_of_budgets_is_what_a_cache_serves():
     pytest.importorskip("transformers")
     from bench import publish
 
-    cells = [("all", "whole", "whole", 0.5), ("all", "keydiff", "head shares", 0.4), ("fact", "keydiff", "each", 1.0),
+    cells = [("all", "whole", "whole", 0.5), ("all", "keydiff", "head shares", 0.4), ("all", "keydiff", "shared", 1.0),
+             ("all", "recommended", "shared", 0.1),
              ("fact", "keydiff", "head shares", 1.0), ("all", "keydiff", "model-wide", 1.0),
              ("all", "kvzip", "model-wide", 1.0), ("all", "learned", "model-wide", 0.25)]  # fmt: skip
     results = [dict(task=t, policy=p, column=c, keep=0.1, hits=hits, questions=20) for t, p, c, hits in cells]
@@ -236,6 +237,7 @@ def test_what_is_quoted_of_budgets_is_what_a_cache_serves():
     about = dict(model="a model", tokens=500, mode="seen", keep=0.1, samples=20)
     assert found == [
         dict(about, policy="KeyDiff", budget="head shares", kept=0.8),
+        dict(about, policy="RECOMMENDED", budget="equal", kept=0.2),
         dict(about, policy="learned", budget="model-wide", kept=0.5),
     ]
 
