@@ -24,10 +24,7 @@ def scorer_of(name: str, model: str, device: str) -> pathlib.Path | None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.scorer.safetensors"
     if not path.exists():
-        text = models.sample_text()
-        half = folder / "first-half.txt"
-        half.write_text(text[: len(text) // 2], encoding="utf-8")
-        train.run(model, [half], "kv", 5760, 640, 1, None, device, path, path.with_suffix(".report"))
+        train.run(model, [], "kv", 5760, 640, 1, None, device, path, path.with_suffix(".report"))
     return path
 
 

@@ -137,7 +137,7 @@ def test_rope_of_another_kind_is_refused():
                                      original_max_position_embeddings=1024))  # fmt: skip
     with pytest.raises(ValueError, match="RoPE of the kind 'yarn'"):
         inv_freq(yarn)
-    with pytest.raises(ValueError, match="GPT2LMHeadModel has RoPE"):
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no module that knows RoPE"):
         inv_freq(transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=50)))
 
 

@@ -45,8 +45,10 @@ def _stated(model: Any) -> Tensor:
     text = model.get_decoder() if hasattr(model, "get_decoder") else model  # the towers of other senses have theirs
     rotary = next((module for module in text.modules() if type(module).__name__.endswith("RotaryEmbedding")), None)
     found = getattr(rotary, "full_attention_inv_freq", getattr(rotary, "inv_freq", None))
-    if kind not in STATIC or found is None:
-        raise ValueError(f"{name} has RoPE of the kind {kind!r}: expected one of {STATIC}, with inv_freq")
+    if found is None:
+        raise ValueError(f"{name} has no module that knows RoPE's angles (inv_freq): expected a model with RoPE")
+    if kind not in STATIC:
+        raise ValueError(f"{name} has RoPE of the kind {kind!r}: expected one of {STATIC}")
     return found.detach().float()
 
 
