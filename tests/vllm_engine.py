@@ -68,9 +68,12 @@ class Checked:
                 slots = torch.arange(length)
                 places = requests.table[j, slots // size].long(), slots % size
                 keys, values = (cache[places].transpose(0, 1)[None].contiguous() for cache in caches)
-                alone = {name: seen[name][j : j + 1] for name in ("queries", "positions") if seen[name] is not None}
-                if "positions" in alone:
-                    alone["positions"] = alone["positions"][..., :length]
+                alone = {}
+                if seen["queries"] is not None:  # [tokens, Hq, 1, D] under a table
+                    rows, table = seen["queries"]
+                    alone["queries"] = rows[table[j].long(), :, 0].transpose(0, 1)[None]
+                if seen["positions"] is not None:
+                    alone["positions"] = seen["positions"][j : j + 1, ..., :length]
                 observed = Observed(keys=keys, values=values, **alone, scale=seen["scale"], layer=seen["layer"])
                 scores, kept = policy.scores(observed)[..., step.prefix :], int(requests.cut.kept[j])
                 index = step.prefix + policy.choose(scores.contiguous(), kept)

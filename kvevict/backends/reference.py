@@ -276,9 +276,11 @@ def attention_lse(
     lengths: Tensor | None,
     out: Tensor,
     table: Tensor | None = None,
+    query_table: Tensor | None = None,
 ) -> None:
-    """ln Σ_i exp(scale · q·k_i) over the keys that a query sees; -inf for queries that are padding."""
-    keys = _dense(keys, table)
+    """ln Σ_i exp(scale · q·k_i) over the keys that a query sees; -inf for queries that are padding. query_table:
+    queries are paged as keys are under a table."""
+    queries, keys = _dense(queries, query_table), _dense(keys, table)
     G = queries.shape[1] // keys.shape[1]
     out.fill_(float("-inf"))
     for b, h, run, logits in _visible_logits(queries, keys, scale, causal, lengths):
@@ -288,7 +290,7 @@ def attention_lse(
 def attention_mass(
     queries: Tensor,
     keys: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     scale: float,
     causal: bool,
     reduce: str,
@@ -297,16 +299,19 @@ def attention_mass(
     out: Tensor,
     table: Tensor | None = None,
     min_distance: int = 0,
+    query_table: Tensor | None = None,
 ) -> None:
-    """The weights exp(logit - lse) that each key draws, reduced over queries and group ("square": the sum of their
-    squares); count: over the queries that see the key, instead of all (mean) or as a divisor (sum, square).
-    min_distance, if causal: what is nearer to the key than so many tokens neither counts nor is counted."""
-    keys = _dense(keys, table)
+    """The weights exp(logit - lse) that each key draws (lse None: what attention_lse gives), reduced over queries and
+    group ("square": the sum of their squares); count: over the queries that see the key, instead of all (mean) or as a
+    divisor (sum, square). min_distance, if causal: what is nearer to the key than so many tokens neither counts nor is
+    counted. query_table: queries are paged as keys are under a table."""
+    queries, keys = _dense(queries, query_table), _dense(keys, table)
     (B, HQ, W, _), (H, S) = queries.shape, keys.shape[1:3]
     G = HQ // H
     out.zero_()
     for b, h, run, logits in _visible_logits(queries, keys, scale, causal, lengths):
-        weights = (logits - lse[b, h * G : h * G + G, run, None]).exp()
+        of_run = logits.logsumexp(-1) if lse is None else lse[b, h * G : h * G + G, run]
+        weights = (logits - of_run[..., None]).exp()
         end = logits.shape[-1]
         if min_distance:
             token = torch.arange(end, device=keys.device)
@@ -385,14 +390,17 @@ def decode_attention(
         last_used.masked_fill_(inside & (most >= threshold), step)
 
 
-def pool_scores(scores: Tensor, kernel_size: int, average: bool, out: Tensor) -> None:
-    """Average or maximum of kernel_size neighbours. Where scores are -inf there is no token: padding, and it stays."""
-    padding = scores == float("-inf")
-    if average:
-        filled = scores.masked_fill(padding, 0.0)
-        pooled = F.avg_pool1d(filled, kernel_size, stride=1, padding=kernel_size // 2)
-    else:
-        pooled = F.max_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
+def pool_scores(
+    scores: Tensor, kernel_size: int, average: bool, window: int, lengths: Tensor | None, out: Tensor
+) -> None:
+    """Average or maximum of kernel_size neighbours. Where scores are -inf there is no token: padding, and it stays. So
+    are the last `window` tokens of a row."""
+    S = scores.shape[2]
+    ends = torch.full((1,), S, device=scores.device) if lengths is None else lengths
+    padding = (scores == float("-inf")) | ~_inside(S, ends - window, scores.device)
+    filled = scores.masked_fill(padding, 0.0 if average else float("-inf"))
+    pool = F.avg_pool1d if average else F.max_pool1d
+    pooled = pool(filled, kernel_size, stride=1, padding=kernel_size // 2)
     out.copy_(pooled.masked_fill(padding, float("-inf")))
 
 

@@ -27,7 +27,7 @@ class Requests(NamedTuple):
 
     table: Tensor  # [J, columns] int32: the blocks that hold tokens
     lengths: Tensor  # [J] int32: tokens held, those of this step among them
-    queries: Tensor  # [J, W] int64: which of the step's queries are their last W
+    queries: Tensor  # [J, W] int32: which of the step's queries are their last W
     cut: Cut  # of what lies behind the prefix
     blocks: tuple[Tensor, Tensor]  # int64: of each block that is written, its request in this list and its column
 
@@ -192,7 +192,7 @@ class EvictingBuilder:
         cut = Cut(blocks[:, prefix:].contiguous(), held - spec.prefix, kept, most_kept, size, sink=sink, recent=recent,
                   heads=policy.heads)  # fmt: skip
         index = ends[:, None] - queries + torch.arange(queries, device=device)
-        return Requests(blocks, held.int(), index, cut, (request, column))
+        return Requests(blocks, held.int(), index.int(), cut, (request, column))
 
 
 class EvictingImpl(abc.ABC):
@@ -256,7 +256,7 @@ class EvictingImpl(abc.ABC):
         if self.kv_cache_dtype.startswith("fp8"):
             scale *= layer._k_scale_float
         for requests in step.requests:
-            queries = query[requests.queries].transpose(1, 2) if "queries" in step.policy.needs else None
+            queries = pages(query[:, None], requests.queries) if "queries" in step.policy.needs else None
             positions = None if self._positions is None else self._positions[requests.table].flatten(1, 2).mT
             seen = dict(queries=queries, positions=positions, lengths=requests.lengths, scale=scale,
                         layer=step.last_readers[layer.layer_name])  # fmt: skip

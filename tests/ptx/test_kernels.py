@@ -117,7 +117,8 @@ def test_key_norm(dtype, D):
 def test_pool(average):
     scores = normal(2, 3, 700)
     scores[:, :, 650:], scores[0, 0, 5] = -INF, NAN
-    assert_close("pool_scores", scores, 5, average, unwritten(2, 3, 700), out=[3], error=1e-6)
+    lengths = torch.tensor([700, 300])
+    assert_close("pool_scores", scores, 5, average, 64, lengths, unwritten(2, 3, 700), out=[5], error=1e-6)
 
 
 def test_ranks():
