@@ -58,9 +58,11 @@ def _dense(rows: Tensor, table: Tensor | None) -> Tensor:
     return pages.flatten(2, 3).view(rows.dtype)
 
 
-def _shrunk(x: Tensor) -> Tensor:
-    """Vectors [..., D], those whose norm may have no float32 square times 2⁻⁷²: the direction is the same."""
-    return torch.where(x.abs().amax(-1, keepdim=True) > 2.0**58, x * 2.0**-72, x)
+def _shrunk(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors [..., D], those whose norm may have no float32 square times 2⁻⁷²: the direction is the same. And which of
+    them are finite [..., 1]."""
+    most = x.abs().amax(-1, keepdim=True)  # NaN, where an element is
+    return x * torch.where(most > 2.0**58, 2.0**-72, 1.0), most < float("inf")
 
 
 def check_rows(lengths: Tensor, S: int, table: Tensor | None, blocks: int, block_size: int, ok: Tensor) -> None:
@@ -115,24 +117,25 @@ def slots_from_end(indices: Tensor, lengths: Tensor, out: Tensor) -> None:
     out.copy_(torch.where(slots > last, -1, slots))
 
 
-def _fixed(unit: Tensor) -> Tensor:
-    """Components of unit vectors as int64, rounded to multiples of 2⁻²². Their sums do not depend on an order, so not
-    on how many runs a sequence is cut into, or where these lie."""
-    return (unit.double() * 2.0**22).round().long()
+def _fixed_sum(unit: Tensor) -> Tensor:
+    """int64 [B, H, D]: the sum over tokens of unit vectors [B, H, S, D], each component rounded to a multiple of 2⁻²².
+    Sums of whole numbers, below 2⁵³, do not depend on an order, so not on how many runs a sequence is cut into, or where
+    these lie."""
+    return (unit * 2.0**22).round().sum(2, dtype=torch.float64).long()
 
 
 def _mean_of_fixed(total: Tensor, count: Tensor) -> Tensor:
-    """float32 [B, H, D], from sums [B, H, D] of `_fixed` and the number of their terms [B, H]."""
+    """float32 [B, H, D], from sums [B, H, D] of `_fixed_sum` and the number of their terms [B, H]."""
     return total.float() * 2.0**-22 / count[..., None].float()
 
 
 def anchor_sums(keys: Tensor, lengths: Tensor | None, sums: Tensor, counts: Tensor) -> None:
     """Sums [B, H, D] int64 of the finite unit keys, each component a multiple of 2⁻²² and in these units; and how many
     they are [B, H]."""
-    finite = keys.float().isfinite().all(-1) & _inside(keys.shape[2], lengths, keys.device)
-    unit = F.normalize(_shrunk(keys.float().masked_fill(~finite[..., None], 0.0)), dim=-1, eps=1e-12)
-    sums.copy_(_fixed(unit).sum(2))
-    counts.copy_(finite.sum(2))
+    directions, finite = _shrunk(keys.float())
+    finite &= _inside(keys.shape[2], lengths, keys.device)[..., None]
+    sums.copy_(_fixed_sum(F.normalize(torch.where(finite, directions, 0.0), dim=-1, eps=1e-12)))
+    counts.copy_(finite.sum(2)[..., 0])
 
 
 def keydiff_scores(
@@ -147,16 +150,15 @@ def keydiff_scores(
     an element that is not finite are not in the mean, and their score is NaN."""
     keys = _dense(keys, table).float()
     inside = _inside(keys.shape[2], lengths, keys.device)
-    finite = keys.isfinite().all(-1) & inside
+    directions, finite = _shrunk(keys)
+    finite &= inside[..., None]
+    directions = torch.where(finite, directions, 0.0)
     if anchor is None and unit:
-        sums, counts = keys.new_empty((*keys.shape[:2], keys.shape[3]), dtype=torch.int64), finite.sum(2)
-        anchor_sums(keys, lengths, sums, counts)
-        anchor = _mean_of_fixed(sums, counts)
-    keys = keys.masked_fill(~finite[..., None], 0.0)
-    if anchor is None:
-        anchor = keys.sum(2) / finite.sum(2, keepdim=True)
-    scores = -F.cosine_similarity(_shrunk(keys), _shrunk(anchor.float())[:, :, None], dim=-1, eps=1e-8)
-    out.copy_(scores.masked_fill(~finite, float("nan")).masked_fill(~inside, float("-inf")))
+        anchor = _mean_of_fixed(_fixed_sum(F.normalize(directions, dim=-1, eps=1e-12)), finite.sum(2)[..., 0])
+    elif anchor is None:
+        anchor = torch.where(finite, keys, 0.0).sum(2) / finite.sum(2)
+    scores = -F.cosine_similarity(directions, _shrunk(anchor.float())[0][:, :, None], dim=-1, eps=1e-8)
+    out.copy_(scores.masked_fill(~finite[..., 0], float("nan")).masked_fill(~inside, float("-inf")))
 
 
 def kv_scores(
@@ -177,7 +179,7 @@ def kv_scores(
     inside = _inside(keys.shape[2], lengths, keys.device)
     finite = keys.square().sum(-1).isfinite() & inside
     keys = keys.masked_fill(~finite[..., None], 0.0)
-    mean = _mean_of_fixed(_fixed(F.normalize(keys, dim=-1, eps=1e-12)).sum(2), finite.sum(2))
+    mean = _mean_of_fixed(_fixed_sum(F.normalize(keys, dim=-1, eps=1e-12)), finite.sum(2))
     cosine = F.cosine_similarity(keys, mean[:, :, None], dim=-1, eps=1e-8)
     if keydiff is not None:
         keydiff.copy_((-cosine).masked_fill(~finite, float("nan")).masked_fill(~inside, float("-inf")))
