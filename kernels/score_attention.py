@@ -146,7 +146,7 @@ def attention_lse_kernel(
 
 @triton.jit
 def _merged_lse(pointers, inside, step, splits):
-    """The log-sum-exp of each query, from those of `splits` runs of its keys, `step` numbers apart. That of a single run
+    """The log-sum-exp of each query, from those of `splits` runs of its keys, `step` numbers apart. Of a single run it
     is what it was."""
     best = tl.full([inside.shape[0]], float("-inf"), tl.float32)
     total = tl.zeros([inside.shape[0]], tl.float32)

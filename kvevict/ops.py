@@ -281,8 +281,8 @@ def attention_mass(
     itself, and so the scores of its head: what is kept then means nothing.
 
     Args:
-        queries: [B, Hq, W, D], the last W of the sequence; or Pages of blocks of one query, as an engine has the queries
-            of all requests [tokens, 1, Hq, D], under a table of which are whose.
+        queries: [B, Hq, W, D], the last W of the sequence; or Pages of blocks of one query, as an engine has those of
+            all requests [tokens, 1, Hq, D], under a table [B, W] of which are whose.
         keys: [B, H, S, D], after RoPE, or Pages.
         scale: of the logits; None is 1/√D.
         lse: [B, Hq, W] float32, rows contiguous: what flash attention returned. None computes it in a first pass.

@@ -118,9 +118,9 @@ def slots_from_end(indices: Tensor, lengths: Tensor, out: Tensor) -> None:
 
 
 def _fixed_sum(unit: Tensor) -> Tensor:
-    """int64 [B, H, D]: the sum over tokens of unit vectors [B, H, S, D], each component rounded to a multiple of 2⁻²².
-    Sums of whole numbers, below 2⁵³, do not depend on an order, so not on how many runs a sequence is cut into, or where
-    these lie."""
+    """int64 [B, H, D]: the sum of unit vectors [B, H, S, D] over tokens, each component rounded to a multiple of 2⁻²².
+    Sums of whole numbers, below 2⁵³, do not depend on an order, so not on how many runs a sequence is cut into, or
+    where these lie."""
     return (unit * 2.0**22).round().sum(2, dtype=torch.float64).long()
 
 

@@ -40,7 +40,7 @@ class EvictingCPUImpl(EvictingImpl, CPUAttentionBackendImpl):
     more: start the engine with OMP_WAIT_POLICY=passive there, which its model gains from too.
     """
 
-    def cut(self, step: Step, requests: Requests, seen: dict[str, Any], layer: Any, kv_cache: Tensor) -> None:
+    def cut(self, step: Step, requests: Requests, seen: dict[str, Any], kv_cache: Tensor) -> None:
         heads, size = kv_cache.shape[1], kv_cache.shape[2]
         table = requests.table.long()
         J, columns = table.shape
