@@ -365,6 +365,14 @@ def test_far_attention():
         assert_close("attention_mass", *arguments, out=[8], error=1e-4)
 
 
+def test_mass_of_queries_under_a_table_and_of_merged_runs():
+    """One query in 1,100 tokens: its log-sum-exp is that of two runs."""
+    rows, keys = normal(7, 4, 1, 64, dtype=BF16), normal(2, 2, 1100, 64, dtype=BF16, seed=1)
+    table, lengths, out = torch.tensor([[5], [2]], dtype=torch.int32), torch.tensor([1100, 700]), unwritten(2, 2, 1100)
+    arguments = (rows, keys, None, 0.125, True, "mean", False, lengths, out, None, 0, table)
+    assert_close("attention_mass", *arguments, out=[8], error=1e-4)
+
+
 def test_fitted_scores_of_heads_as_requests_in_pages():
     keys, table = pages(3, 1, 70, 64, BF16)
     out, weights = unwritten(3, 1, table.shape[1] * 16), normal(3, 1, 132, seed=2) / 8
