@@ -99,7 +99,7 @@ def queries(
     shape: tuple[int, int, int, int],
     keys: Tensor,
     W: int | None = None,
-    given: tuple[int, int, int, int] | None = None,
+    given: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Queries [B, Hq, W, D] beside keys of shape (B, H, S, D): the last W of the sequence, for whole GQA groups. given:
     their shape, where value has them under a block table."""
