@@ -48,6 +48,8 @@ class Server:
     def __enter__(self):
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "KVEVICT_BACKEND": "reference"} | os.environ
         environment |= {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(ROOT)}  # for the worker's costs
+        # Threads that spin while they wait for others count as work, and more of it the more the cores are used.
+        environment |= {"OMP_WAIT_POLICY": "passive"}
         self.file = self.log.open("w")
         self.process = subprocess.Popen(
             self.command, stdout=self.file, stderr=subprocess.STDOUT, env=environment, start_new_session=True

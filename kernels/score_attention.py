@@ -1,7 +1,7 @@
 """Attention mass: how much attention each key draws, summed over queries and the GQA group, in O(S) memory.
 
     attention_lse_kernel    [splits, B, Hq, W] float32: log-sum-exp of every query's logits over one run of the keys
-    merge_lse_kernel        [B, Hq, W]: the runs of a query merged
+    merge_lse_kernel        [B, Hq, W]: the runs of a query merged, where window_mass_kernel does not do it itself
     attention_mass_kernel   [B, H, S]: each program holds a block of keys, recomputes its logits against all queries
                             that see it, exponentiates them against the LSE and adds them up
     window_mass_kernel      the same for so few queries that they are one tile: each program holds them, and a run of
@@ -31,6 +31,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LENGTH_DEPENDENT = ["W", "S", "H"]
 _LSE_STRIDES = ["lse_stride_b", "lse_stride_h"]
+_INFINITE = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -143,20 +144,27 @@ def attention_lse_kernel(
     tl.store(lse_ptr + heads * W + own, lse, mask=rows < W * G)
 
 
+@triton.jit
+def _merged_lse(pointers, inside, step, splits):
+    """The log-sum-exp of each query, from those of `splits` runs of its keys, `step` numbers apart. Of a single run it
+    is what it was."""
+    best = tl.full([inside.shape[0]], float("-inf"), tl.float32)
+    total = tl.zeros([inside.shape[0]], tl.float32)
+    for _ in range(0, splits):
+        lse = tl.load(pointers, mask=inside, other=0.0)
+        pointers += step
+        best_after = tl.maximum(best, lse)
+        shift = tl.where(tl.abs(best_after) == _INFINITE, 0.0, best_after)
+        total = total * tl.exp(best - shift) + tl.exp(lse - shift)
+        best = best_after
+    return best + tl.log(total)
+
+
 @triton.jit(do_not_specialize=["n", "splits"])
 def merge_lse_kernel(parts_ptr, lse_ptr, n, splits, BLOCK: tl.constexpr):
     queries = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = queries < n
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(0, splits):
-        lse = tl.load(parts_ptr + queries, mask=inside, other=0.0)
-        parts_ptr += n
-        best_after = tl.maximum(best, lse)
-        shift = tl.where(best_after == float("-inf"), 0.0, best_after)
-        total = total * tl.exp(best - shift) + tl.exp(lse - shift)
-        best = best_after
-    tl.store(lse_ptr + queries, best + tl.log(total), mask=inside)
+    tl.store(lse_ptr + queries, _merged_lse(parts_ptr + queries, inside, n, splits), mask=inside)
 
 
 @triton.jit
@@ -261,9 +269,12 @@ def attention_mass_kernel(
     tl.store(mass_ptr + row * S + tokens, mass, mask=tokens < S)
 
 
-@triton.jit(do_not_specialize=_LENGTH_DEPENDENT + _LSE_STRIDES + ["min_distance", "splits", "chunk"])
+@triton.jit(
+    do_not_specialize=_LENGTH_DEPENDENT + _LSE_STRIDES + ["min_distance", "lse_step", "lse_splits", "splits", "chunk"]
+)
 def window_mass_kernel(
-    queries, keys, lse_ptr, lengths, mass_ptr, scale, W, S, H, lse_stride_b, lse_stride_h, min_distance, splits, chunk,
+    queries, keys, lse_ptr, lengths, mass_ptr, scale, W, S, H, lse_stride_b, lse_stride_h, min_distance,
+    lse_step, lse_splits, splits, chunk,
     G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     CAUSAL: tl.constexpr, REDUCE: tl.constexpr, COUNT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -279,7 +290,7 @@ def window_mass_kernel(
     query_pointers = group_rows_at(queries, b, h, rows, is_query, G)
     query = load_tile(queries, query_pointers, is_query, columns, COMPUTE)
     lse_ptr += b * lse_stride_b + h * G * lse_stride_h + (rows % G) * lse_stride_h + rows // G
-    lse = tl.load(lse_ptr, mask=is_query, other=float("inf")) * _LOG2_E
+    lse = tl.where(is_query, _merged_lse(lse_ptr, is_query, lse_step, lse_splits), _INFINITE) * _LOG2_E
 
     begin = tl.program_id(0) % splits * chunk
     end = tl.minimum(begin + chunk, S)
@@ -297,6 +308,27 @@ def window_mass_kernel(
         tl.store(mass_ptr + row * S + tokens, mass, mask=tokens < end)
 
 
+def _lse_runs(
+    queries: torch.Tensor, keys: torch.Tensor, scale: float, causal: bool, lengths: torch.Tensor | None,
+    out: torch.Tensor | None, table: torch.Tensor | None, query_table: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """[splits, B, Hq, W] float32: the log-sum-exps over each of the runs into which the keys are cut. out: taken for
+    those of a single run."""
+    (_, HQ, W, _), (B, H, S, D) = cache_shape(queries, query_table), cache_shape(keys, table)
+    G = HQ // H
+    compute, size = dot_type(queries)
+    config = lse_config(B * H, W * G, S, D, size, multiprocessors(keys.device))
+    row_blocks = cdiv(W * G, config.block_rows)
+    if config.splits > 1 or out is None:
+        out = torch.empty((config.splits, B, HQ, W), dtype=torch.float32, device=keys.device)
+    attention_lse_kernel[(B * H * row_blocks * config.splits,)](
+        rows_of(queries, query_table), rows_of(keys, table), per_row(lengths), out,
+        scale * _LOG2_E.value, W, S, H, row_blocks, config.splits, config.chunk,
+        G=G, CAUSAL=causal, COMPUTE=compute, **config.tiles,
+    )  # fmt: skip
+    return out.view(config.splits, B, HQ, W)
+
+
 def attention_lse(
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -305,30 +337,19 @@ def attention_lse(
     lengths: torch.Tensor | None,
     out: torch.Tensor,
     table: torch.Tensor | None = None,
+    query_table: torch.Tensor | None = None,
 ) -> None:
     """Fill out [B, Hq, W] float32 with ln Σ_i exp(scale · q·k_i) over the keys that a query sees; -inf for padding."""
-    (_, HQ, W, _), (B, H, S, D) = queries.shape, cache_shape(keys, table)
-    G = HQ // H
-    compute, size = dot_type(queries)
-    config = lse_config(B * H, W * G, S, D, size, multiprocessors(keys.device))
-    row_blocks = cdiv(W * G, config.block_rows)
-    parts = out
-    if config.splits > 1:
-        parts = torch.empty((config.splits, B, HQ, W), dtype=torch.float32, device=keys.device)
-    attention_lse_kernel[(B * H * row_blocks * config.splits,)](
-        rows_of(queries), rows_of(keys, table), per_row(lengths), parts,
-        scale * _LOG2_E.value, W, S, H, row_blocks, config.splits, config.chunk,
-        G=G, CAUSAL=causal, COMPUTE=compute, **config.tiles,
-    )  # fmt: skip
-    if config.splits > 1:
+    runs = _lse_runs(queries, keys, scale, causal, lengths, out, table, query_table)
+    if len(runs) > 1:
         BLOCK = 128  # one query a thread: the parts are few and in L2
-        merge_lse_kernel[(cdiv(out.numel(), BLOCK),)](parts, out, out.numel(), config.splits, BLOCK=BLOCK)
+        merge_lse_kernel[(cdiv(out.numel(), BLOCK),)](runs, out, out.numel(), len(runs), BLOCK=BLOCK)
 
 
 def attention_mass(
     queries: torch.Tensor,
     keys: torch.Tensor,
-    lse: torch.Tensor,
+    lse: torch.Tensor | None,
     scale: float,
     causal: bool,
     reduce: str,
@@ -337,21 +358,29 @@ def attention_mass(
     out: torch.Tensor,
     table: torch.Tensor | None = None,
     min_distance: int = 0,
+    query_table: torch.Tensor | None = None,
 ) -> None:
     """Fill out [B, H, S] float32 with the weights exp(scale · q·k_i - lse) reduced over queries and group; -inf at and
-    beyond a row's length. lse [B, Hq, W], last dimension contiguous; count: divide by the queries that count for a key,
-    those that see it. min_distance > 0, with causal: only those at least so many tokens later count."""
-    (_, HQ, W, _), (B, H, S, D) = queries.shape, cache_shape(keys, table)
+    beyond a row's length. lse [B, Hq, W], last dimension contiguous, None: `attention_lse`; count: divide by the
+    queries that count for a key, those that see it. min_distance > 0, with causal: only those at least so many tokens
+    later count. query_table: queries are paged."""
+    (_, HQ, W, _), (B, H, S, D) = cache_shape(queries, query_table), cache_shape(keys, table)
     G = HQ // H
     compute, size = dot_type(queries)
+    window = window_mass_config(B * H, W * G, S, D, size, multiprocessors(keys.device))
+    runs = None if lse is None else lse[None]
+    if runs is None and window is not None:
+        runs = _lse_runs(queries, keys, scale, causal, lengths, None, table, query_table)
+    elif runs is None:
+        runs = torch.empty((1, B, HQ, W), dtype=torch.float32, device=keys.device)
+        attention_lse(queries, keys, scale, causal, lengths, runs[0], table, query_table)
     options = dict(G=G, CAUSAL=causal, REDUCE=reduce, COUNT=count, COMPUTE=compute)
     distance = min(min_distance, S) or None  # int32; None leaves it out of the code
-    sizes = (scale * _LOG2_E.value, W, S, H, *lse.stride()[:2], distance)
-    rows = (rows_of(queries), rows_of(keys, table), lse, per_row(lengths), out)
-    window = window_mass_config(B * H, W * G, S, D, size, multiprocessors(keys.device))
+    sizes = (scale * _LOG2_E.value, W, S, H, *runs.stride()[1:3], distance)
+    rows = (rows_of(queries, query_table), rows_of(keys, table), runs, per_row(lengths), out)
     if window is not None:
         window_mass_kernel[(B * H * window.splits,)](
-            *rows, *sizes, window.splits, window.chunk, **window.tiles, **options
+            *rows, *sizes, runs.stride(0), len(runs), window.splits, window.chunk, **window.tiles, **options
         )
         return
     config = mass_config(W * G, D, size)

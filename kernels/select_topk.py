@@ -1,7 +1,6 @@
 """Exact selection in a row: the k-th best score, then the kept tokens' indices in ascending order; or, the other way
 round, the tokens to give up; or the best of all heads together.
 
-    mean_heads_kernel   [B, 1, S]: the mean over KV heads, added in head order (heads="shared")
     select_row_kernel   rows up to 8,192, or many up to 32,768: one program holds the row in registers and finds the key
                         bit by bit
     select_runs_kernel  longer rows: several programs a row, 8 bits of the key at a time
@@ -23,11 +22,14 @@ all of its programs run at once; elsewhere, and in the interpreter, where they r
 round. 256 bins, because tl.histogram spends work per warp in proportion to the bins. The first two digits part all but
 a few of scores that are spread; these are counted by adding one by one.
 
+Where heads share a selection (heads="shared") a request is one row, and what is loaded are the scores of all heads,
+added in head order.
+
 Shapes: scores [B, H, S] float32, last dimension contiguous; out [B, H or 1, n] int64, -1 beyond a row's own count.
 Bytes per row: 4·S twice (up to 4,096 tokens of few rows, and in one launch of runs of one tile, once: registers), or
 five times, from L2 after the first; 8·n written. Runs add splits² · 256 · 4 bytes of histograms a round, all in L2.
 Each histogram has one owner, so the result cannot depend on the order in which programs run.
-Launch: 1; for long rows without cooperative launches 5; 1 more for heads="shared". Adaptive: two selections and 1 more.
+Launch: 1; for long rows without cooperative launches 5. Adaptive: two selections and 1 more.
 """
 
 import torch
@@ -39,7 +41,7 @@ from .primitives import INTERPRETED, count_below, descending_key
 from .rows import per_row, row_length
 
 _LENGTH_DEPENDENT = [
-    "S", "H", "n", "sink", "recent", "splits", "chunk", "stride_b", "stride_h", "out_stride", "clear_size",
+    "S", "H", "n", "sink", "recent", "splits", "chunk", "stride_b", "stride_h", "out_stride", "clear_size", "shared",
 ]  # fmt: skip
 _KEEP, _EVICT, _MARK = (tl.constexpr(mode) for mode in range(3))
 _BEST, _WORST = tl.constexpr(-0x80000000), tl.constexpr(0x7FFFFFFF)  # no score has the one, NaN has the other
@@ -73,11 +75,16 @@ def _row_bounds(lengths, keep, b, h, S, n, sink, recent, MODE: tl.constexpr):
 
 
 @triton.jit
-def _load_keys(row_ptr, tokens, end, first, last, held=None):
+def _load_keys(row_ptr, shared, stride_h, tokens, end, first, last, held=None):
     """Keys of a tile of tokens, and which of them compete: those in [first, last). The others have the worst key.
-    `held`: these keys, if they have been loaded before."""
+    `shared`: None, or the heads over which scores are averaged. `held`: these keys, if they have been loaded before."""
     if held is None:
         keys = tl.load(row_ptr + tokens, mask=tokens < end, other=0)
+        if shared is not None:
+            for _ in range(1, shared):
+                row_ptr += stride_h
+                keys += tl.load(row_ptr + tokens, mask=tokens < end, other=0)
+            keys = tl.div_rn(keys, shared.to(tl.float32))
         if row_ptr.dtype.element_ty == tl.float32:
             keys = descending_key(keys)
     else:
@@ -106,14 +113,15 @@ def _kth_key(keys, need):
 
 @triton.jit
 def _write(
-    row_ptr, held, begin, end, out_ptr, n, length, written, first, last, kth, ties, better_before, ties_before,
+    row_ptr, shared, stride_h, held, begin, end, out_ptr, n, length, written, first, last, kth, ties,
+    better_before, ties_before,
     BLOCK: tl.constexpr, MODE: tl.constexpr, FROM_END: tl.constexpr,
 ):  # fmt: skip
     """Write what is asked for of the tokens [begin, end), given how many better and tied candidates lie before them.
     FROM_END: counted back from the row's last token, the last first, so that they ascend as well."""
     for start in range(begin, end, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        keys, competes = _load_keys(row_ptr, tokens, end, first, last, held)
+        keys, competes = _load_keys(row_ptr, shared, stride_h, tokens, end, first, last, held)
         better = competes & (keys < kth)
         tied = competes & (keys == kth)
         packed = better.to(tl.int32) | (tied.to(tl.int32) << 16)  # one prefix sum of both: a tile's tokens fit 16 bits
@@ -153,39 +161,29 @@ def _clear(clear_ptr, clear_size, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
-def mean_heads_kernel(scores_ptr, out_ptr, S, H, stride_b, stride_h, splits, BLOCK: tl.constexpr):
-    b = (tl.program_id(0) // splits).to(tl.int64)
-    tokens = (tl.program_id(0) % splits) * BLOCK + tl.arange(0, BLOCK)
-    head_ptr = scores_ptr + b * stride_b
-    total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(0, H):
-        total += tl.load(head_ptr + tokens, mask=tokens < S, other=0.0)
-        head_ptr += stride_h
-    tl.store(out_ptr + b * S + tokens, tl.div_rn(total, H.to(tl.float32)), mask=tokens < S)
-
-
-@triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def select_row_kernel(
-    scores_ptr, lengths, keep, out_ptr, clear_ptr, clear_size, S, H, n, sink, recent, stride_b, stride_h, out_stride,
+    scores_ptr, lengths, keep, out_ptr, clear_ptr, clear_size,
+    S, H, n, sink, recent, shared, stride_b, stride_h, out_stride,
     HELD: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr, FROM_END: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, h = row // H, row % H
     length, written, need, first, last = _row_bounds(lengths, keep, b, h, S, n, sink, recent, MODE)
     row_ptr = scores_ptr + b * stride_b + h * stride_h
-    keys, _ = _load_keys(row_ptr, tl.arange(0, HELD), S, first, last)
+    keys, _ = _load_keys(row_ptr, shared, stride_h, tl.arange(0, HELD), S, first, last)
     kth, better = _kth_key(keys, need)
     none = tl.full([], 0, tl.int32)  # nothing lies before the row
     _write(
-        row_ptr, keys if HELD == BLOCK else None, 0, S, out_ptr + row * out_stride, n, length, written, first, last,
-        kth, need - better, none, none, BLOCK, MODE, FROM_END,
+        row_ptr, shared, stride_h, keys if HELD == BLOCK else None, 0, S, out_ptr + row * out_stride, n, length,
+        written, first, last, kth, need - better, none, none, BLOCK, MODE, FROM_END,
     )  # fmt: skip
     _clear(clear_ptr, clear_size, BLOCK)
 
 
 @triton.jit
 def _count_digits(
-    row_ptr, held, begin, end, first, last, prefix, counts_ptr, ROUND: tl.constexpr, BLOCK: tl.constexpr
+    row_ptr, shared, stride_h, held, begin, end, first, last, prefix, counts_ptr,
+    ROUND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the histogram [256] of a run's ROUND-th byte over the candidates whose more significant bytes are `prefix`.
 
@@ -196,7 +194,7 @@ def _count_digits(
     bins = tl.arange(0, _DIGIT_BINS)
     counts = tl.zeros([_DIGIT_BINS], tl.int32)
     for start in range(begin, end, BLOCK):
-        keys, competes = _load_keys(row_ptr, start + tl.arange(0, BLOCK), end, first, last, held)
+        keys, competes = _load_keys(row_ptr, shared, stride_h, start + tl.arange(0, BLOCK), end, first, last, held)
         if ROUND == 0:
             digits = (keys >> 24) + 128  # the sign bit makes the first byte signed
         else:
@@ -271,7 +269,7 @@ def _meet(meeting_ptr, split, splits, ROUND: tl.constexpr):
 @triton.jit(do_not_specialize=_LENGTH_DEPENDENT)
 def select_runs_kernel(
     scores_ptr, lengths, keep, out_ptr, clear_ptr, clear_size, histograms_ptr, states_ptr, meeting_ptr,
-    S, H, n, sink, recent, stride_b, stride_h, out_stride, splits, chunk,
+    S, H, n, sink, recent, shared, stride_b, stride_h, out_stride, splits, chunk,
     FIRST: tl.constexpr, LAST: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
     FROM_END: tl.constexpr,
 ):  # fmt: skip
@@ -293,7 +291,7 @@ def select_runs_kernel(
             tl.store(histograms_ptr + bins, tl.zeros([_DIGIT_BINS], tl.int32))
     held = None
     if HELD:
-        held, _ = _load_keys(row_ptr, begin + tl.arange(0, BLOCK), end, first, last)
+        held, _ = _load_keys(row_ptr, shared, stride_h, begin + tl.arange(0, BLOCK), end, first, last)
 
     # Of the k-th key: its first bytes, how many candidates with these are needed; and how many candidates of the runs
     # before this one are better by them.
@@ -316,13 +314,15 @@ def select_runs_kernel(
             better_bins += tl.where(passed, counts_before, 0)
         if ROUND < _WRITE:
             counts_ptr = histograms_ptr + (ROUND * splits + split) * _DIGIT_BINS
-            _count_digits(row_ptr, held, begin, end, first, last, prefix, counts_ptr, ROUND, BLOCK)
+            _count_digits(
+                row_ptr, shared, stride_h, held, begin, end, first, last, prefix, counts_ptr, ROUND, BLOCK
+            )  # fmt: skip
     better_before += tl.sum(better_bins, 0)
     if LAST == _WRITE:
         ties_before = tl.sum(tl.where(tl.arange(0, _DIGIT_BINS) == (prefix & 255), counts_before, 0), 0)
         _write(
-            row_ptr, held, begin, end, out_ptr + row * out_stride, n, length, written, first, last, prefix, need,
-            better_before, ties_before, BLOCK, MODE, FROM_END,
+            row_ptr, shared, stride_h, held, begin, end, out_ptr + row * out_stride, n, length, written, first, last,
+            prefix, need, better_before, ties_before, BLOCK, MODE, FROM_END,
         )  # fmt: skip
     else:
         tl.store(states_ptr, prefix)
@@ -342,15 +342,6 @@ def split_heads_kernel(flat_ptr, out_ptr, S, H, total, m, blocks, BLOCK: tl.cons
     tl.store(out_ptr + row * m + slots, tl.where(begin + slots < end, tokens, -1), mask=slots < m)
 
 
-def _mean_heads(scores: torch.Tensor) -> torch.Tensor:
-    B, H, S = scores.shape
-    mean = torch.empty((B, 1, S), dtype=torch.float32, device=scores.device)
-    BLOCK = 1024  # 8 scores a thread and head: enough loads in flight for what is a small share of the work
-    splits = cdiv(S, BLOCK)
-    mean_heads_kernel[(B * splits,)](scores, mean, S, H, *scores.stride()[:2], splits, BLOCK=BLOCK)
-    return mean
-
-
 def topk_indices(
     scores: torch.Tensor,
     keep_lengths: torch.Tensor | None,
@@ -365,9 +356,7 @@ def topk_indices(
     """Fill out [B, H, n] (shared: [B, 1, n]) int64 with the kept tokens, ascending; -1 beyond what a row keeps: n, or
     keep_lengths [B] or [B, H], or all of its tokens. clear, int32, is filled with zeros along the way. from_end: count
     them back from each row's last token, as `slots_from_end` does."""
-    if shared and scores.shape[1] > 1:
-        scores = _mean_heads(scores)
-    _select(scores, keep_lengths, out.shape[2], sink, recent, lengths, out, clear, _KEEP, from_end)
+    _select(scores, keep_lengths, out.shape[2], sink, recent, lengths, out, clear, _KEEP, from_end, shared)
 
 
 def topk_adaptive(
@@ -416,13 +405,17 @@ def _runs_at_once() -> bool:
 
 
 def _select(
-    scores, keep, n: int, sink: int, recent: int, lengths, out, clear, mode: tl.constexpr, from_end: bool = False
-) -> None:
+    scores, keep, n: int, sink: int, recent: int, lengths, out, clear, mode: tl.constexpr, from_end: bool = False,
+    shared: bool = False,
+) -> None:  # fmt: skip
     B, H, S = scores.shape
+    averaged = None
+    if shared and H > 1:
+        averaged, H = H, 1
     rows = B * H
     config = select_config(rows, S, multiprocessors(scores.device))
     arrays = (scores, per_row(lengths), per_row(keep), out, clear, 0 if clear is None else clear.numel())
-    sizes = (S, H, n, sink, recent, *scores.stride()[:2], out.stride(1))
+    sizes = (S, H, n, sink, recent, averaged, *scores.stride()[:2], out.stride(1))
     options = dict(BLOCK=config.block, MODE=mode, FROM_END=from_end, num_warps=config.num_warps)
     if config.held:
         select_row_kernel[(rows,)](*arrays, *sizes, HELD=config.held, **options)

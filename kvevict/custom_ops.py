@@ -88,6 +88,21 @@ def _check_lengths(lengths, keys, table, written: bool = False) -> None:
         _checked[by] = _Checked(weakref.ref(lengths), stamp, written)
 
 
+# By table of queries: its version and their number.
+_checked_queries: MutableMapping[torch.Tensor, tuple[int, int]] = WeakIdKeyDictionary()
+
+
+def _check_query_table(table, queries) -> None:
+    """The values of a table of queries, once per version of it."""
+    stamp = None if table.is_inference() else (table._version, queries.shape[0])
+    if stamp is not None and _checked_queries.get(table) == stamp:
+        return
+    expected = f"queries from 0 to {queries.shape[0] - 1}"
+    validate.require(((table >= 0) & (table < queries.shape[0])).all(), "the table of queries", table, expected)
+    if stamp is not None:
+        _checked_queries[table] = stamp
+
+
 def _check_written(keys, values, table, lengths, key_scales, value_scales) -> None:
     """What is written in place shares no memory, neither by strides nor by blocks."""
     dense = table is None
@@ -286,16 +301,17 @@ def _attention_lse_op(queries, keys, scale, causal, lengths, out, table=None):
 
 
 @_custom_op(
-    "attention_mass(Tensor queries, Tensor keys, Tensor lse, float scale, bool causal, str reduce, bool count, "
-    "Tensor? lengths, bool trusted, Tensor(a!) out, Tensor? table=None, SymInt min_distance=0) -> ()"
+    "attention_mass(Tensor queries, Tensor keys, Tensor? lse, float scale, bool causal, str reduce, bool count, "
+    "Tensor? lengths, Tensor(a!) out, Tensor? table=None, SymInt min_distance=0, Tensor? query_table=None) -> ()"
 )
 def _attention_mass_op(
-    queries, keys, lse, scale, causal, reduce, count, lengths, trusted, out, table=None, min_distance=0
+    queries, keys, lse, scale, causal, reduce, count, lengths, out, table=None, min_distance=0, query_table=None
 ):  # fmt: skip
-    if not trusted:
-        _check_lengths(lengths, keys, table)
+    _check_lengths(lengths, keys, table)
+    if query_table is not None:
+        _check_query_table(query_table, queries)
     options = (scale, causal, reduce, count)
-    _run("attention_mass", keys.device, queries, keys, lse, *options, lengths, out, table, min_distance)
+    _run("attention_mass", keys.device, queries, keys, lse, *options, lengths, out, table, min_distance, query_table)
 
 
 @_custom_op(
@@ -337,9 +353,12 @@ def _decode_attention_op(
     )
 
 
-@_custom_op("pool_scores(Tensor scores, SymInt kernel_size, bool average, Tensor(a!) out) -> ()")
-def _pool_scores_op(scores, kernel_size, average, out):
-    _run("pool_scores", scores.device, scores, kernel_size, average, out)
+@_custom_op(
+    "pool_scores(Tensor scores, SymInt kernel_size, bool average, SymInt window, Tensor? lengths, Tensor(a!) out) -> ()"
+)
+def _pool_scores_op(scores, kernel_size, average, window, lengths, out):
+    _check_lengths(lengths, scores[..., None], None)
+    _run("pool_scores", scores.device, scores, kernel_size, average, window, lengths, out)
 
 
 @_custom_op("combine_ranks(Tensor[] parts, float[] weights, Tensor? lengths, Tensor(a!) out) -> ()")

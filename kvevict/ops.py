@@ -263,7 +263,7 @@ def attention_lse(
 
 
 def attention_mass(
-    queries: Tensor,
+    queries: Tensor | Pages,
     keys: Tensor | Pages,
     *,
     scale: float | None = None,
@@ -281,7 +281,8 @@ def attention_mass(
     itself, and so the scores of its head: what is kept then means nothing.
 
     Args:
-        queries: [B, Hq, W, D], the last W of the sequence.
+        queries: [B, Hq, W, D], the last W of the sequence; or Pages of blocks of one query, as an engine has those of
+            all requests [tokens, 1, Hq, D], under a table [B, W] of which are whose.
         keys: [B, H, S, D], after RoPE, or Pages.
         scale: of the logits; None is 1/√D.
         lse: [B, Hq, W] float32, rows contiguous: what flash attention returned. None computes it in a first pass.
@@ -431,13 +432,18 @@ def mlp_scores(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -
     return out
 
 
-def pool_scores(scores: Tensor, kernel_size: int, mode: str = "avg") -> Tensor:
+def pool_scores(
+    scores: Tensor, kernel_size: int, mode: str = "avg", *, window: int = 0, lengths: Tensor | None = None
+) -> Tensor:
     """Pool scores along the sequence, so that a high score's neighbours are kept with it (SnapKV, arXiv 2404.14469).
 
     Args:
         scores: [B, H, S] float32, last dimension contiguous.
         kernel_size: odd, at most 1,023; the token itself is in the middle.
         mode: "avg", in which the padding beyond the edges counts as 0 (torch's avg_pool1d); or "max".
+        window: so many last tokens of each request, whose own queries gave the scores, are left out: as if theirs were
+            -inf.
+        lengths: [B] or [B, H], see the module.
 
     Returns:
         [B, H, S] float32. A score of -inf marks a position without a token (see the scorers): it stays -inf, and is
@@ -449,7 +455,9 @@ def pool_scores(scores: Tensor, kernel_size: int, mode: str = "avg") -> Tensor:
     scores = validate.scores(scores)
     validate.one_of("mode", mode, ("avg", "max"))
     _check_pool("kernel_size", kernel_size)
-    return _pool(scores, kernel_size, mode)
+    validate.integer("window", window, 0, 2**31 - 1)
+    lengths = None if lengths is None else validate.lengths(lengths, scores.shape[0], scores.shape[1], scores)
+    return _pool(scores, kernel_size, mode, window, lengths)
 
 
 def combine_scores(
@@ -882,20 +890,22 @@ def _lse(cache: _Cache, queries: Tensor, scale: float, causal: bool) -> Tensor:
 def _mass(
     cache: _Cache, queries, scale, lse, causal: bool, reduce: str, normalize: str | None, min_distance: int = 0
 ) -> Tensor:
-    queries = validate.queries(queries, cache.shape, cache.keys)
-    scale = validate.softmax_scale(scale, queries.shape[3])
+    rows, table = queries, None
+    if isinstance(queries, Pages):
+        rows, table = queries
+        if rows.shape[2] != 1:
+            raise ValueError(f"queries has blocks of {rows.shape[2]} tokens: expected 1, as its table is of queries")
+    rows = validate.queries(rows, cache.shape, cache.keys, given=None if table is None else queries.shape)
+    scale = validate.softmax_scale(scale, rows.shape[3])
     validate.flag("causal", causal)
     _check_mass(queries, lse, reduce, normalize)
     validate.integer("min_distance", min_distance, 0)
     if min_distance and not causal:
         raise ValueError(f"min_distance is {min_distance}: expected 0, because causal is False and queries look ahead")
-    trusted = lse is None
-    if lse is None:
-        lse = _lse(cache, queries, scale, causal)
-    out = torch.empty(cache.shape[:3], dtype=torch.float32, device=queries.device)
+    out = torch.empty(cache.shape[:3], dtype=torch.float32, device=rows.device)
     torch.ops.kvevict.attention_mass(
-        queries, cache.keys, lse, scale, causal, reduce, normalize == "count", cache.lengths, trusted, out, cache.table,
-        min_distance,
+        rows, cache.keys, lse, scale, causal, reduce, normalize == "count", cache.lengths, out, cache.table,
+        min_distance, table,
     )  # fmt: skip
     return out
 
@@ -918,9 +928,9 @@ def _decode(
     return out if found is None else (out, found)
 
 
-def _pool(scores: Tensor, kernel_size: int, mode: str) -> Tensor:
+def _pool(scores: Tensor, kernel_size: int, mode: str, window: int = 0, lengths: Tensor | None = None) -> Tensor:
     out = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
-    torch.ops.kvevict.pool_scores(scores, kernel_size, mode == "avg", out)
+    torch.ops.kvevict.pool_scores(scores, kernel_size, mode == "avg", window, lengths, out)
     return out
 
 

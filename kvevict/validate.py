@@ -94,18 +94,26 @@ def small(value: Tensor) -> Tensor:
     return value if value.stride(-1) == 1 or value.shape[-1] == 1 else value.contiguous()
 
 
-def queries(value: object, shape: tuple[int, int, int, int], keys: Tensor, W: int | None = None) -> Tensor:
-    """Queries [B, Hq, W, D] beside keys of shape (B, H, S, D): the last W of the sequence, for whole GQA groups."""
+def queries(
+    value: object,
+    shape: tuple[int, int, int, int],
+    keys: Tensor,
+    W: int | None = None,
+    given: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Queries [B, Hq, W, D] beside keys of shape (B, H, S, D): the last W of the sequence, for whole GQA groups. given:
+    their shape, where value has them under a block table."""
     value = tensor("queries", value, 4, FLOAT_DTYPES, keys)
     contiguous_rows("queries", value)
     B, H, S, D = shape
-    if value.shape[0] != B or value.shape[3] != D:
-        raise ValueError(f"queries has shape {tuple(value.shape)}: expected ({B}, query heads, W, {D}), as keys have")
-    if value.shape[1] % H:
-        raise ValueError(f"queries has {value.shape[1]} heads: expected a multiple of {H}, the KV heads of keys")
-    if value.shape[2] > (S if W is None else W):
+    given = tuple(value.shape) if given is None else given
+    if given[0] != B or given[3] != D:
+        raise ValueError(f"queries has shape {given}: expected ({B}, query heads, W, {D}), as keys have")
+    if given[1] % H:
+        raise ValueError(f"queries has {given[1]} heads: expected a multiple of {H}, the KV heads of keys")
+    if given[2] > (S if W is None else W):
         most = f"at most {S}, the tokens of keys" if W is None else f"{W}"
-        raise ValueError(f"queries has W = {value.shape[2]} queries: expected {most}")
+        raise ValueError(f"queries has W = {given[2]} queries: expected {most}")
     if value.dtype != keys.dtype and keys.dtype.itemsize > 1:
         raise TypeError(f"queries has dtype {value.dtype}: expected {keys.dtype}, the dtype of keys")
     return value

@@ -69,7 +69,7 @@ def launch_select(S):
         extra = lengths if ragged else None
         backend.topk_indices(torch.empty(2, 4, S), extra, 1, 1, shared, extra, out)
     backend.evict_slots(torch.empty(2, 4, S), 0, 0, None, torch.empty(2, 4, 1, dtype=torch.int64))
-    backend.pool_scores(torch.empty(2, 4, S), 5, True, torch.empty(2, 4, S))
+    backend.pool_scores(torch.empty(2, 4, S), 5, True, 64, lengths, torch.empty(2, 4, S))
     if S <= 8192:
         backend.combine_ranks([torch.empty(2, 4, S)] * 2, [0.5, 0.5], lengths.int(), torch.empty(2, 4, S))
 
@@ -127,7 +127,7 @@ def launch_attention(S, D, dtype, offset=0):
     for W in sorted({S, min(S, 32), 1}):  # windows of one tile of 128 and 16 query rows; below, of 256
         queries, lse = torch.empty(2, 16, W, D, dtype=dtype), torch.empty(2, 16, W)
         backend.attention_lse(queries, keys, 0.1, True, None, lse)
-        backend.attention_mass(queries, keys, lse, 0.1, True, "mean", True, None, out)
+        backend.attention_mass(queries, keys, None, 0.1, True, "mean", True, None, out)
     query = torch.empty(2, 16, 1, D, dtype=dtype)
     used = torch.empty(2, 4, S, dtype=torch.int32)
     result = torch.empty(2, 16, 1, D, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)
@@ -173,7 +173,10 @@ def launch_paged(S, D, dtype):
     backend.kv_scores(keys, keys, weights, inv_freq, places, lengths, out, None, table)
     queries, lse = torch.empty(2, 16, 1, D, dtype=dtype), torch.empty(2, 16, 1)
     backend.attention_lse(queries, keys, 0.1, True, lengths, lse, table)
-    backend.attention_mass(queries, keys, lse, 0.1, True, "mean", True, lengths, out, table)
+    mass = (0.1, True, "mean", True, lengths, out, table)
+    backend.attention_mass(queries, keys, lse, *mass)
+    rows, of_queries = torch.empty(40, 16, 1, D, dtype=dtype), torch.empty(2, 1, dtype=torch.int32)
+    backend.attention_mass(rows, keys, None, *mass, 0, of_queries)
     result = torch.empty(2, 16, 1, D, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)
     backend.decode_attention(queries, keys, values, 0.1, lengths, None, 1.0, None, 0, 0.0, result, table)
     kept, ok = torch.empty(2, dtype=torch.int64), torch.empty(1, dtype=torch.bool)

@@ -97,7 +97,7 @@ def test_compare_flags_changes_beyond_the_spread(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("S", "options", "launches", "fills"),
-    [(512, {}, 3, 0), (1024, {}, 4, 1), (8192, {}, 4, 1), (16384, {}, 8, 1), (512, dict(heads="shared"), 4, 0),
+    [(512, {}, 3, 0), (1024, {}, 4, 1), (8192, {}, 4, 1), (16384, {}, 8, 1), (512, dict(heads="shared"), 3, 0),
      (512, dict(preserve_order=False), 4, 0), (512, dict(inplace=False), 3, 0), (512, dict(heads="adaptive"), 5, 1)],
     ids=str,
 )  # fmt: skip

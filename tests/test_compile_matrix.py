@@ -23,7 +23,7 @@ TILES = {
 }  # fmt: skip
 READS_HALVES = {"rotary_anchor_kernel", "kv_scores_kernel"}  # of rows, whose 60 elements of 120 are not 16 bytes wide
 KERNELS = READS_ROWS | READS_HALVES | TILES | {
-    "fill_holes_kernel", "select_row_kernel", "select_runs_kernel", "split_heads_kernel", "mean_heads_kernel",
+    "fill_holes_kernel", "select_row_kernel", "select_runs_kernel", "split_heads_kernel",
     "pool_scores_kernel", "merge_lse_kernel", "merge_decode_kernel", "track_kernel", "check_rows_kernel",
     "keep_counts_kernel", "left_blocks_kernel", "from_end_kernel", "count_digits_kernel", "kept_slots_kernel",
     "combine_ranks_kernel",

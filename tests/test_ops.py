@@ -328,7 +328,6 @@ def test_opcheck():
                 "mean",
                 True,
                 lengths,
-                False,
                 torch.zeros(2, 2, 20, device=DEVICE),
             ),
         ),
@@ -359,7 +358,7 @@ def test_opcheck():
                 torch.zeros(2, 20, device=DEVICE),
             ),
         ),
-        (ops.pool_scores.default, (scores, 5, True, torch.zeros_like(scores))),
+        (ops.pool_scores.default, (scores, 5, True, 3, lengths, torch.zeros_like(scores))),
         (ops.combine_ranks.default, ([scores, scores.clone()], [0.5, 2.0], lengths, torch.zeros_like(scores))),
         (ops.evict_slots.default, (scores, 1, 1, lengths, torch.zeros_like(indices)[:, :, :3].contiguous())),
         (

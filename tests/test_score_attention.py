@@ -6,6 +6,8 @@ from cases import both, cache, crossed
 from conftest import DEVICE, HAS_GPU
 
 import kvevict
+from kvevict.paged import pages
+from kvevict.policies import Observed
 
 # (B, H, S, D), query heads per KV head, queries: odd sizes, tiles that are not full, one query, the whole prompt
 SHAPES = [((2, 2, 70, 64), 3, 70), ((1, 2, 300, 64), 4, 33), ((1, 1, 1300, 80), 1, 1), ((1, 1, 100, 576), 2, 20),
@@ -61,6 +63,30 @@ def test_equals_softmax_written_out(case, dtype):
         for got in both(lambda: kvevict.attention_mass(queries, keys)):
             assert got.dtype == torch.float32 and got.shape == keys.shape[:3]
             torch.testing.assert_close(got[b].double(), reduced(w, "mean", None), rtol=relative, atol=0)
+
+
+def test_queries_of_all_requests_under_a_table():
+    """As an engine has them, [tokens, query heads, D]; a table says whose they are."""
+    queries, keys = inputs((2, 2, 70, 32), 3, 4)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))[:8].view(2, 4).to(DEVICE)
+    tokens = torch.full((12, 6, 32), float("nan"), device=DEVICE)
+    tokens[order] = queries.transpose(1, 2)
+    given = pages(tokens[:, None], order.int())
+    lengths = torch.tensor([70, 50], device=DEVICE)
+    expected = kvevict.attention_mass(queries, keys, lengths=lengths)
+    for got in both(lambda: kvevict.attention_mass(given, keys, lengths=lengths)):
+        torch.testing.assert_close(got, expected)
+    for count in (1, 3):
+        seen, dense = (Observed(keys=keys, queries=x, lengths=lengths) for x in (given, queries))
+        last = seen.last_queries(count)
+        assert torch.equal(tokens[last.table.long()].transpose(1, 2), dense.last_queries(count))
+    with pytest.raises(ValueError, match="queries has shape"):
+        kvevict.attention_mass(given, keys[:1], lengths=lengths[:1])
+    with pytest.raises(ValueError, match="queries has blocks of 2 tokens: expected 1"):
+        kvevict.attention_mass(pages(tokens.view(6, 2, 6, 32), order.int()), keys, lengths=lengths)
+    if DEVICE == "cpu":  # a GPU would assert it, and be spoilt
+        with pytest.raises(ValueError, match="the table of queries is .* expected queries from 0 to 11"):
+            kvevict.attention_mass(pages(tokens[:, None], order.int() + 12), keys, lengths=lengths)
 
 
 @pytest.mark.parametrize("causal", [True, False])

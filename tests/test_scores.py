@@ -69,6 +69,14 @@ def test_pooling_by_hand():
     for mode, expected in (("avg", [1.0, -INF, 5 / 3, NAN, NAN, NAN]), ("max", [3.0, -INF, 6.0, NAN, NAN, NAN])):
         for scores in both(lambda m=mode: kvevict.pool_scores(x, 3, m)):
             torch.testing.assert_close(scores, row(expected), equal_nan=True)
+    for window, ends, expected in ((2, None, [1.0, 3.0, 2.0, 2.0, -INF, -INF]), (9, None, [-INF] * 6),
+                                   (2, [5], [1.0, 3.0, 2.0, -INF, -INF, -INF])):  # fmt: skip
+        x = row([3.0, 0.0, 6.0, 0.0, 0.0, -3.0])
+        lengths = None if ends is None else torch.tensor(ends, device=DEVICE)
+        for scores in both(lambda x=x, w=window, n=lengths: kvevict.pool_scores(x, 3, window=w, lengths=n)):
+            torch.testing.assert_close(scores, row(expected))
+    for scores in both(lambda: kvevict.pool_scores(x, 3, "max", window=2)):
+        assert torch.equal(scores, row([3.0, 6.0, 6.0, 6.0, -INF, -INF]))
     for size in (1, 5, 99):
         x = torch.randn(2, 2, 1300, device=DEVICE)
         a, b = both(lambda s=size, x=x: kvevict.pool_scores(x, s))
@@ -77,6 +85,8 @@ def test_pooling_by_hand():
         kvevict.pool_scores(x, 4)
     with pytest.raises(ValueError, match="mode"):
         kvevict.pool_scores(x, 3, "median")
+    with pytest.raises(ValueError, match="window is -1"):
+        kvevict.pool_scores(x, 3, window=-1)
 
 
 def test_combining_by_hand():

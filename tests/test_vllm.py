@@ -93,6 +93,14 @@ def test_a_process_that_vllm_started_ends_with_the_line_alone(monkeypatch):
         Settings.read(config(**on(budget=0)))
 
 
+def test_without_vllm_the_plugin_says_so_in_a_line(monkeypatch):
+    from kvevict.vllm import register
+
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ModuleNotFoundError, match="^kvevict.vllm needs vllm, the engine whose plugin it is$"):
+        register()
+
+
 def run(scenario, **environment):
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     plain["PYTHONPATH"] = str(ENGINE.parent)  # for vLLM's workers

@@ -34,10 +34,10 @@ def facts(count, tokenizer, text, tokens=1000):
     return prompts, answers
 
 
-def views(impl, kv_cache, layer):
+def views(impl, kv_cache):
     """K and V as views [num_blocks, block_size, kv_heads, head_dim] of the engine's memory, in any layout of it."""
     if type(impl).__name__ != "EvictingCPUImpl":
-        return impl.cache_views(kv_cache, layer)
+        return impl.cache_views(kv_cache)
     blocks, heads, size, width = kv_cache.shape
     keys, values = kv_cache.view(blocks, heads, 2 * size, width // 2).chunk(2, dim=2)
     keys = keys.as_strided((blocks, size, heads, width // 2), (keys.stride(0), 1, keys.stride(1), size))
@@ -60,17 +60,20 @@ class Checked:
 
         from kvevict.policies import Observed
 
-        def checked(impl, step, requests, seen, layer, kv_cache):
-            caches = views(impl, kv_cache, layer)
+        def checked(impl, step, requests, seen, kv_cache):
+            caches = views(impl, kv_cache)
             size, policy = caches[0].shape[1], step.policy
             expected = []
             for j, length in enumerate(requests.lengths.tolist()):
                 slots = torch.arange(length)
                 places = requests.table[j, slots // size].long(), slots % size
                 keys, values = (cache[places].transpose(0, 1)[None].contiguous() for cache in caches)
-                alone = {name: seen[name][j : j + 1] for name in ("queries", "positions") if seen[name] is not None}
-                if "positions" in alone:
-                    alone["positions"] = alone["positions"][..., :length]
+                alone = {}
+                if seen["queries"] is not None:  # [tokens, Hq, 1, D] under a table
+                    rows, table = seen["queries"]
+                    alone["queries"] = rows[table[j].long(), :, 0].transpose(0, 1)[None]
+                if seen["positions"] is not None:
+                    alone["positions"] = seen["positions"][j : j + 1, ..., :length]
                 observed = Observed(keys=keys, values=values, **alone, scale=seen["scale"], layer=seen["layer"])
                 scores, kept = policy.scores(observed)[..., step.prefix :], int(requests.cut.kept[j])
                 index = step.prefix + policy.choose(scores.contiguous(), kept)
@@ -81,7 +84,7 @@ class Checked:
                 still = tuple(place[: step.prefix] for place in places)
                 expected.append((where, moved, still, [cache[still].clone() for cache in caches]))
                 self.queries[requests.queries.shape[1]] += 1
-            cut(impl, step, requests, seen, layer, kv_cache)
+            cut(impl, step, requests, seen, kv_cache)
             for where, moved, still, before in expected:
                 for cache, rows, prefix in zip(caches, moved, before, strict=True):
                     assert torch.equal(cache[where], rows), "a request is not cut as it is alone"

@@ -58,9 +58,11 @@ def _dense(rows: Tensor, table: Tensor | None) -> Tensor:
     return pages.flatten(2, 3).view(rows.dtype)
 
 
-def _shrunk(x: Tensor) -> Tensor:
-    """Vectors [..., D], those whose norm may have no float32 square times 2⁻⁷²: the direction is the same."""
-    return torch.where(x.abs().amax(-1, keepdim=True) > 2.0**58, x * 2.0**-72, x)
+def _shrunk(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors [..., D], those whose norm may have no float32 square times 2⁻⁷²: the direction is the same. And which of
+    them are finite [..., 1]."""
+    most = x.abs().amax(-1, keepdim=True)  # NaN, where an element is
+    return x * torch.where(most > 2.0**58, 2.0**-72, 1.0), most < float("inf")
 
 
 def check_rows(lengths: Tensor, S: int, table: Tensor | None, blocks: int, block_size: int, ok: Tensor) -> None:
@@ -115,24 +117,25 @@ def slots_from_end(indices: Tensor, lengths: Tensor, out: Tensor) -> None:
     out.copy_(torch.where(slots > last, -1, slots))
 
 
-def _fixed(unit: Tensor) -> Tensor:
-    """Components of unit vectors as int64, rounded to multiples of 2⁻²². Their sums do not depend on an order, so not
-    on how many runs a sequence is cut into, or where these lie."""
-    return (unit.double() * 2.0**22).round().long()
+def _fixed_sum(unit: Tensor) -> Tensor:
+    """int64 [B, H, D]: the sum of unit vectors [B, H, S, D] over tokens, each component rounded to a multiple of 2⁻²².
+    Sums of whole numbers, below 2⁵³, do not depend on an order, so not on how many runs a sequence is cut into, or
+    where these lie."""
+    return (unit * 2.0**22).round().sum(2, dtype=torch.float64).long()
 
 
 def _mean_of_fixed(total: Tensor, count: Tensor) -> Tensor:
-    """float32 [B, H, D], from sums [B, H, D] of `_fixed` and the number of their terms [B, H]."""
+    """float32 [B, H, D], from sums [B, H, D] of `_fixed_sum` and the number of their terms [B, H]."""
     return total.float() * 2.0**-22 / count[..., None].float()
 
 
 def anchor_sums(keys: Tensor, lengths: Tensor | None, sums: Tensor, counts: Tensor) -> None:
     """Sums [B, H, D] int64 of the finite unit keys, each component a multiple of 2⁻²² and in these units; and how many
     they are [B, H]."""
-    finite = keys.float().isfinite().all(-1) & _inside(keys.shape[2], lengths, keys.device)
-    unit = F.normalize(_shrunk(keys.float().masked_fill(~finite[..., None], 0.0)), dim=-1, eps=1e-12)
-    sums.copy_(_fixed(unit).sum(2))
-    counts.copy_(finite.sum(2))
+    directions, finite = _shrunk(keys.float())
+    finite &= _inside(keys.shape[2], lengths, keys.device)[..., None]
+    sums.copy_(_fixed_sum(F.normalize(torch.where(finite, directions, 0.0), dim=-1, eps=1e-12)))
+    counts.copy_(finite.sum(2)[..., 0])
 
 
 def keydiff_scores(
@@ -147,16 +150,15 @@ def keydiff_scores(
     an element that is not finite are not in the mean, and their score is NaN."""
     keys = _dense(keys, table).float()
     inside = _inside(keys.shape[2], lengths, keys.device)
-    finite = keys.isfinite().all(-1) & inside
+    directions, finite = _shrunk(keys)
+    finite &= inside[..., None]
+    directions = torch.where(finite, directions, 0.0)
     if anchor is None and unit:
-        sums, counts = keys.new_empty((*keys.shape[:2], keys.shape[3]), dtype=torch.int64), finite.sum(2)
-        anchor_sums(keys, lengths, sums, counts)
-        anchor = _mean_of_fixed(sums, counts)
-    keys = keys.masked_fill(~finite[..., None], 0.0)
-    if anchor is None:
-        anchor = keys.sum(2) / finite.sum(2, keepdim=True)
-    scores = -F.cosine_similarity(_shrunk(keys), _shrunk(anchor.float())[:, :, None], dim=-1, eps=1e-8)
-    out.copy_(scores.masked_fill(~finite, float("nan")).masked_fill(~inside, float("-inf")))
+        anchor = _mean_of_fixed(_fixed_sum(F.normalize(directions, dim=-1, eps=1e-12)), finite.sum(2)[..., 0])
+    elif anchor is None:
+        anchor = torch.where(finite, keys, 0.0).sum(2) / finite.sum(2)
+    scores = -F.cosine_similarity(directions, _shrunk(anchor.float())[0][:, :, None], dim=-1, eps=1e-8)
+    out.copy_(scores.masked_fill(~finite[..., 0], float("nan")).masked_fill(~inside, float("-inf")))
 
 
 def kv_scores(
@@ -177,7 +179,7 @@ def kv_scores(
     inside = _inside(keys.shape[2], lengths, keys.device)
     finite = keys.square().sum(-1).isfinite() & inside
     keys = keys.masked_fill(~finite[..., None], 0.0)
-    mean = _mean_of_fixed(_fixed(F.normalize(keys, dim=-1, eps=1e-12)).sum(2), finite.sum(2))
+    mean = _mean_of_fixed(_fixed_sum(F.normalize(keys, dim=-1, eps=1e-12)), finite.sum(2))
     cosine = F.cosine_similarity(keys, mean[:, :, None], dim=-1, eps=1e-8)
     if keydiff is not None:
         keydiff.copy_((-cosine).masked_fill(~finite, float("nan")).masked_fill(~inside, float("-inf")))
@@ -276,9 +278,11 @@ def attention_lse(
     lengths: Tensor | None,
     out: Tensor,
     table: Tensor | None = None,
+    query_table: Tensor | None = None,
 ) -> None:
-    """ln Σ_i exp(scale · q·k_i) over the keys that a query sees; -inf for queries that are padding."""
-    keys = _dense(keys, table)
+    """ln Σ_i exp(scale · q·k_i) over the keys that a query sees; -inf for queries that are padding. query_table:
+    queries are paged as keys are under a table."""
+    queries, keys = _dense(queries, query_table), _dense(keys, table)
     G = queries.shape[1] // keys.shape[1]
     out.fill_(float("-inf"))
     for b, h, run, logits in _visible_logits(queries, keys, scale, causal, lengths):
@@ -288,7 +292,7 @@ def attention_lse(
 def attention_mass(
     queries: Tensor,
     keys: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     scale: float,
     causal: bool,
     reduce: str,
@@ -297,16 +301,19 @@ def attention_mass(
     out: Tensor,
     table: Tensor | None = None,
     min_distance: int = 0,
+    query_table: Tensor | None = None,
 ) -> None:
-    """The weights exp(logit - lse) that each key draws, reduced over queries and group ("square": the sum of their
-    squares); count: over the queries that see the key, instead of all (mean) or as a divisor (sum, square).
-    min_distance, if causal: what is nearer to the key than so many tokens neither counts nor is counted."""
-    keys = _dense(keys, table)
+    """The weights exp(logit - lse) that each key draws (lse None: what attention_lse gives), reduced over queries and
+    group ("square": the sum of their squares); count: over the queries that see the key, instead of all (mean) or as a
+    divisor (sum, square). min_distance, if causal: what is nearer to the key than so many tokens neither counts nor is
+    counted. query_table: queries are paged as keys are under a table."""
+    queries, keys = _dense(queries, query_table), _dense(keys, table)
     (B, HQ, W, _), (H, S) = queries.shape, keys.shape[1:3]
     G = HQ // H
     out.zero_()
     for b, h, run, logits in _visible_logits(queries, keys, scale, causal, lengths):
-        weights = (logits - lse[b, h * G : h * G + G, run, None]).exp()
+        of_run = logits.logsumexp(-1) if lse is None else lse[b, h * G : h * G + G, run]
+        weights = (logits - of_run[..., None]).exp()
         end = logits.shape[-1]
         if min_distance:
             token = torch.arange(end, device=keys.device)
@@ -385,14 +392,17 @@ def decode_attention(
         last_used.masked_fill_(inside & (most >= threshold), step)
 
 
-def pool_scores(scores: Tensor, kernel_size: int, average: bool, out: Tensor) -> None:
-    """Average or maximum of kernel_size neighbours. Where scores are -inf there is no token: padding, and it stays."""
-    padding = scores == float("-inf")
-    if average:
-        filled = scores.masked_fill(padding, 0.0)
-        pooled = F.avg_pool1d(filled, kernel_size, stride=1, padding=kernel_size // 2)
-    else:
-        pooled = F.max_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
+def pool_scores(
+    scores: Tensor, kernel_size: int, average: bool, window: int, lengths: Tensor | None, out: Tensor
+) -> None:
+    """Average or maximum of kernel_size neighbours. Where scores are -inf there is no token: padding, and it stays. So
+    are the last `window` tokens of a row."""
+    S = scores.shape[2]
+    ends = torch.full((1,), S, device=scores.device) if lengths is None else lengths
+    padding = (scores == float("-inf")) | ~_inside(S, ends - window, scores.device)
+    filled = scores.masked_fill(padding, 0.0 if average else float("-inf"))
+    pool = F.avg_pool1d if average else F.max_pool1d
+    pooled = pool(filled, kernel_size, stride=1, padding=kernel_size // 2)
     out.copy_(pooled.masked_fill(padding, float("-inf")))
 
 

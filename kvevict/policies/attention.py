@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from kvevict import ops, validate
 from kvevict.policies.base import Policy
 from kvevict.policies.observed import Observed
-from kvevict.policies.weighing import WeighsValues, windowed
+from kvevict.policies.weighing import WeighsValues
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,19 +96,15 @@ class SnapKV(WeighsValues):
 
     def _attention(self, seen: Observed) -> Tensor:
         queries, keys = seen.last_queries(self.window), seen.keys
-        H, in_window = keys.shape[1], windowed(seen, queries)
-
-        def before_window(mass: Tensor) -> Tensor:
-            return mass.masked_fill(in_window, float("-inf"))  # for pooling: no token here
-
+        options: Any = dict(window=queries.shape[2], lengths=seen.lengths)  # for pooling: no token there
         if self.variant == "kvpress":  # an average over the group commutes with one over neighbours
             mass = ops.attention_mass(queries, keys, lengths=seen.lengths, scale=seen.scale)
-            return ops.pool_scores(before_window(mass), 5)
-        heads = queries.unflatten(1, (H, -1))
+            return ops.pool_scores(mass, 5, **options)
+        heads = queries.unflatten(1, (keys.shape[1], -1))
         total = torch.zeros(keys.shape[:3], device=keys.device)
         for g in range(heads.shape[2]):  # a maximum does not: each query head is pooled before the mean
             mass = ops.attention_mass(heads[:, :, g], keys, lengths=seen.lengths, scale=seen.scale)
-            total = total + ops.pool_scores(before_window(mass), 7, "max")
+            total = total + ops.pool_scores(mass, 7, "max", **options)
         return total / heads.shape[2]
 
 

@@ -19,7 +19,7 @@ class Observed:
 
     keys: Tensor  # [B, H, S, D], or kvevict.ops.Pages, where those ops that the policy calls take them
     values: Tensor | None = None  # [B, H, S, Dv], likewise
-    queries: Tensor | None = None  # [B, Hq, W, D]: the last W of the sequence, as in kvevict.ops
+    queries: Tensor | None = None  # [B, Hq, W, D]: the last W of the sequence, as in kvevict.ops; or Pages, likewise
     lse: Tensor | None = None  # [B, Hq, W] float32 of those queries, where attention has left it
     mass: Tensor | None = None  # [B, H, S] float32: attention that each token drew so far, mean over the group
     last_used: Tensor | None = None  # [B, H, S] int32: step at which it was last used, negative for never
@@ -69,12 +69,20 @@ class Observed:
         return replace(self, mass=mass / group)
 
     def last_queries(self, count: int) -> Tensor:
-        """[B, Hq, ≤ count, D]: each request's last `count` queries."""
+        """[B, Hq, ≤ count, D]: each request's last `count` queries; Pages where they are."""
         queries = self.queries
         assert queries is not None
         W = queries.shape[2]
         count = min(count, W, self.keys.shape[2])
-        if self.lengths is None or count == W:
+        if count == W:
+            return queries
+        if isinstance(queries, ops.Pages):  # its table is of queries
+            return queries._replace(table=self._last(queries.table[:, None, :, None], count)[:, 0, :, 0])
+        return self._last(queries, count)
+
+    def _last(self, queries: Tensor, count: int) -> Tensor:
+        W = queries.shape[2]
+        if self.lengths is None:
             return queries[:, :, W - count :]
         # A request shorter than W has its queries in front; one shorter than `count` keeps padding behind them.
         lengths = self.lengths if self.lengths.ndim == 1 else self.lengths.amax(1)

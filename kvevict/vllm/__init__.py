@@ -8,6 +8,10 @@ JSON in the environment variable KVEVICT_VLLM. docs/vllm.md has the design, the 
 def register() -> None:
     """vLLM calls this in each of its processes (entry point vllm.general_plugins): where to find our attention
     backends, which do nothing of their own where nothing is configured, and who manages the blocks of our layers."""
+    try:
+        import vllm  # noqa: F401
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError(f"kvevict.vllm needs {missing.name}, the engine whose plugin it is") from None
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, MambaAttentionBackendEnum, register_backend
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry

@@ -32,17 +32,22 @@ class EvictingCPUImpl(EvictingImpl, CPUAttentionBackendImpl):
     """kv_cache [num_blocks, H, block_size, 2·D]: of every block and head first K, transposed [D, block_size], then V,
     as rows. That is "vec"; the other layouts (tiles of AMX, vectors of 16) are refused by the builder, at start.
 
-    Such keys are no rows that the paged ops could find: the blocks of all requests are read at once, and those that
-    change are written back.
+    Such keys are no rows that the paged ops could find: the keys of all requests are read at once, and then what comes
+    to the blocks that change.
+
+    Its operations are many and small, so where torch runs them on several threads it matters how these wait for each
+    other. GNU's OpenMP lets them spin, and on cores that other processes use as well a cut of 5 ms then takes 100 and
+    more: start the engine with OMP_WAIT_POLICY=passive there, which its model gains from too.
     """
 
-    def cut(self, step: Step, requests: Requests, seen: dict[str, Any], layer: Any, kv_cache: Tensor) -> None:
+    def cut(self, step: Step, requests: Requests, seen: dict[str, Any], kv_cache: Tensor) -> None:
         heads, size = kv_cache.shape[1], kv_cache.shape[2]
-        J, columns = requests.table.shape
-        halves = kv_cache.view(len(kv_cache), heads, 2, -1)[requests.table.long()].unbind(3)  # [J, columns, H, size·D]
-        transposed, rows = halves[0].unflatten(3, (-1, size)), halves[1].unflatten(3, (size, -1))
-        keys = transposed.permute(0, 2, 1, 4, 3).flatten(2, 3)  # [J, H, S, D]
-        values = rows.permute(0, 2, 1, 3, 4).flatten(2, 3)
+        table = requests.table.long()
+        J, columns = table.shape
+        halves = kv_cache.view(len(kv_cache), heads, 2, -1).unbind(2)  # [num_blocks, H, size·D]
+        transposed, rows = halves[0].unflatten(2, (-1, size)), halves[1].unflatten(2, (size, -1))
+        keys = transposed[table].permute(0, 2, 1, 4, 3).flatten(2, 3)  # [J, H, S, D]
+        values = rows[table].transpose(1, 2).flatten(2, 3) if "values" in step.policy.needs else None
         scores = shared_scores(step, step.policy.scores(Observed(keys=keys, values=values, **seen)))
 
         # Which slot each slot's token comes from: the kept ones fill the last slots of their request.
@@ -55,18 +60,15 @@ class EvictingCPUImpl(EvictingImpl, CPUAttentionBackendImpl):
         targets = targets.masked_fill(absent, len(slots))[:, None].expand(J, heads, -1)
         source = source.scatter_(2, targets, kept)[..., :-1]
 
+        # Of the blocks that are written: what comes there [written blocks, H, size], all of it read before any is.
         i, column = requests.blocks
-        ids = requests.table[i, column].long()
-
-        def moved(x: Tensor) -> Tensor:
-            """[written blocks, H, size, D]"""
-            x = x.gather(2, source[..., None].expand(-1, -1, -1, x.shape[3]))
-            return x.unflatten(2, (columns, size)).transpose(1, 2)[i, column]
-
-        changed = torch.stack([moved(keys).mT.flatten(2), moved(values).flatten(2)], 2)
-        kv_cache.view(len(kv_cache), heads, 2, -1)[ids] = changed
+        source = source.unflatten(2, (columns, size))[i, :, column]
+        ids, i, h = table[i, column], i[:, None, None], torch.arange(heads)[:, None]
+        where = table[i, source // size], source % size
+        new_keys, new_values = keys[i, h, source], rows[where[0], h, where[1]]
         if self._positions is not None:
-            self._positions[ids] = moved(seen["positions"][..., None])[..., 0].mT
+            self._positions[ids] = self._positions[(*where, h)].mT
+        transposed[ids], rows[ids] = new_keys.mT, new_values
 
 
 class EvictingCPUBackend(EvictingBackend, CPUAttentionBackend):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
 )
 
-from kvevict.vllm.worker import EvictingBackend, EvictingBuilder, EvictingImpl, side_by_side
+from kvevict.vllm.worker import EvictingBackend, EvictingBuilder, EvictingImpl
 
 
 class EvictingFlashBuilder(EvictingBuilder, FlashAttentionMetadataBuilder):
@@ -20,9 +17,6 @@ class EvictingFlashBuilder(EvictingBuilder, FlashAttentionMetadataBuilder):
 
 class EvictingFlashImpl(EvictingImpl, FlashAttentionImpl):
     kv_cache_dtypes = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
-
-    def cache_views(self, kv_cache: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
-        return side_by_side(self, kv_cache)
 
 
 class EvictingFlashBackend(EvictingBackend, FlashAttentionBackend):

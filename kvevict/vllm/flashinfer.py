@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
 from vllm.v1.attention.backends.flashinfer import FlashInferBackend, FlashInferImpl, FlashInferMetadataBuilder
 
-from kvevict.vllm.worker import EvictingBackend, EvictingBuilder, EvictingImpl, side_by_side
+from kvevict.vllm.worker import EvictingBackend, EvictingBuilder, EvictingImpl
 
 
 class EvictingFlashInferBuilder(EvictingBuilder, FlashInferMetadataBuilder):
@@ -17,9 +14,6 @@ class EvictingFlashInferBuilder(EvictingBuilder, FlashInferMetadataBuilder):
 class EvictingFlashInferImpl(EvictingImpl, FlashInferImpl):
     attn_type = "decoder"  # it serves no other, and does not say so
     kv_cache_dtypes = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
-
-    def cache_views(self, kv_cache: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
-        return side_by_side(self, kv_cache)
 
 
 class EvictingFlashInferBackend(EvictingBackend, FlashInferBackend):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
     TritonAttentionImpl,
     TritonAttentionMetadataBuilder,
 )
 
-from kvevict.vllm.worker import EvictingBackend, EvictingBuilder, EvictingImpl, side_by_side
+from kvevict.vllm.worker import EvictingBackend, EvictingBuilder, EvictingImpl
 
 
 class EvictingTritonBuilder(EvictingBuilder, TritonAttentionMetadataBuilder):
@@ -20,9 +17,6 @@ class EvictingTritonBuilder(EvictingBuilder, TritonAttentionMetadataBuilder):
 
 class EvictingTritonImpl(EvictingImpl, TritonAttentionImpl):
     kv_cache_dtypes = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
-
-    def cache_views(self, kv_cache: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
-        return side_by_side(self, kv_cache)
 
 
 class EvictingTritonBackend(EvictingBackend, TritonAttentionBackend):

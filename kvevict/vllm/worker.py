@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ class Requests(NamedTuple):
 
     table: Tensor  # [J, columns] int32: the blocks that hold tokens
     lengths: Tensor  # [J] int32: tokens held, those of this step among them
-    queries: Tensor  # [J, W] int64: which of the step's queries are their last W
+    queries: Tensor  # [J, W] int32: which of the step's queries are their last W
     cut: Cut  # of what lies behind the prefix
     blocks: tuple[Tensor, Tensor]  # int64: of each block that is written, its request in this list and its column
 
@@ -192,10 +191,10 @@ class EvictingBuilder:
         cut = Cut(blocks[:, prefix:].contiguous(), held - spec.prefix, kept, most_kept, size, sink=sink, recent=recent,
                   heads=policy.heads)  # fmt: skip
         index = ends[:, None] - queries + torch.arange(queries, device=device)
-        return Requests(blocks, held.int(), index, cut, (request, column))
+        return Requests(blocks, held.int(), index.int(), cut, (request, column))
 
 
-class EvictingImpl(abc.ABC):
+class EvictingImpl:
     """Mixed into an attention implementation. `forward` evicts when the step's attention is computed."""
 
     kv_cache_dtypes: tuple[str, ...] = ("auto", "float16", "bfloat16")  # that can be cut
@@ -204,6 +203,7 @@ class EvictingImpl(abc.ABC):
     # The implementation's own.
     alibi_slopes: Tensor | None
     attn_type: str
+    head_size: int
     kv_cache_dtype: str
     kv_sharing_target_layer_name: str | None
     logits_soft_cap: float
@@ -256,11 +256,11 @@ class EvictingImpl(abc.ABC):
         if self.kv_cache_dtype.startswith("fp8"):
             scale *= layer._k_scale_float
         for requests in step.requests:
-            queries = query[requests.queries].transpose(1, 2) if "queries" in step.policy.needs else None
+            queries = pages(query[:, None], requests.queries) if "queries" in step.policy.needs else None
             positions = None if self._positions is None else self._positions[requests.table].flatten(1, 2).mT
             seen = dict(queries=queries, positions=positions, lengths=requests.lengths, scale=scale,
                         layer=step.last_readers[layer.layer_name])  # fmt: skip
-            self.cut(step, requests, seen, layer, kv_cache)
+            self.cut(step, requests, seen, kv_cache)
 
     def _note(self, step: Step, kv_cache: Tensor) -> None:
         """Where this step's tokens are in their sequences. vLLM does not know of this memory: 4 bytes a token, head and
@@ -271,10 +271,10 @@ class EvictingImpl(abc.ABC):
         assert step.positions is not None
         self._positions.view(-1, self.num_kv_heads)[step.slots] = step.positions[:, None]
 
-    def cut(self, step: Step, requests: Requests, seen: dict[str, Any], layer: Any, kv_cache: Tensor) -> None:
+    def cut(self, step: Step, requests: Requests, seen: dict[str, Any], kv_cache: Tensor) -> None:
         """Move the tokens that the policy keeps to the ends of their requests, in the engine's memory. seen: all that a
         policy observes, but for keys and values."""
-        keys, values = self.cache_views(kv_cache, layer)
+        keys, values = self.cache_views(kv_cache)
         paged: Any = dict(keys=pages(keys, requests.table), values=pages(values, requests.table))
         scores = shared_scores(step, step.policy.scores(Observed(**paged, **seen)))
         halves: Any = (None, None)
@@ -282,19 +282,14 @@ class EvictingImpl(abc.ABC):
             halves = self._positions[..., None].view(torch.float16).unbind(-1)
         requests.cut.move(scores, keys, values, *halves)
 
-    def cache_views(self, kv_cache: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
-        """K and V as views [num_blocks, block_size, kv_heads, head_dim] of the engine's memory, rows contiguous."""
-        raise NotImplementedError
-
-
-def side_by_side(impl: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V of a kv_cache [num_blocks, H, block_size, 2·D], in whose rows they lie side by side, whatever its memory
-    order; bytes as the float8 that they are."""
-    keys, values = kv_cache.transpose(1, 2).split(impl.head_size, dim=-1)
-    if impl.kv_cache_dtype.startswith("fp8"):
-        dtype = torch.float8_e5m2 if impl.kv_cache_dtype == "fp8_e5m2" else current_platform.fp8_dtype()
-        keys, values = keys.view(dtype), values.view(dtype)
-    return keys, values
+    def cache_views(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of a kv_cache [num_blocks, H, block_size, 2·D], in whose rows they lie side by side, whatever its
+        memory order; bytes as the float8 that they are. Views [num_blocks, block_size, H, D], rows contiguous."""
+        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        if self.kv_cache_dtype.startswith("fp8"):
+            dtype = torch.float8_e5m2 if self.kv_cache_dtype == "fp8_e5m2" else current_platform.fp8_dtype()
+            keys, values = keys.view(dtype), values.view(dtype)
+        return keys, values
 
 
 def shared_scores(step: Step, scores: Tensor) -> Tensor:

@@ -117,7 +117,8 @@ def test_key_norm(dtype, D):
 def test_pool(average):
     scores = normal(2, 3, 700)
     scores[:, :, 650:], scores[0, 0, 5] = -INF, NAN
-    assert_close("pool_scores", scores, 5, average, unwritten(2, 3, 700), out=[3], error=1e-6)
+    lengths = torch.tensor([700, 300])
+    assert_close("pool_scores", scores, 5, average, 64, lengths, unwritten(2, 3, 700), out=[5], error=1e-6)
 
 
 def test_ranks():
@@ -362,6 +363,14 @@ def test_far_attention():
         reference.attention_lse(queries, keys, scale, True, lengths, lse)
         arguments = (queries, keys, lse, scale, True, "mean", True, lengths, out, None, distance)
         assert_close("attention_mass", *arguments, out=[8], error=1e-4)
+
+
+def test_mass_of_queries_under_a_table_and_of_merged_runs():
+    """One query in 1,100 tokens: its log-sum-exp is that of two runs."""
+    rows, keys = normal(7, 4, 1, 64, dtype=BF16), normal(2, 2, 1100, 64, dtype=BF16, seed=1)
+    table, lengths, out = torch.tensor([[5], [2]], dtype=torch.int32), torch.tensor([1100, 700]), unwritten(2, 2, 1100)
+    arguments = (rows, keys, None, 0.125, True, "mean", False, lengths, out, None, 0, table)
+    assert_close("attention_mass", *arguments, out=[8], error=1e-4)
 
 
 def test_fitted_scores_of_heads_as_requests_in_pages():
